@@ -1,0 +1,40 @@
+"""What all tests share: a sensible number of threads, the data beside the checkout, skips that say why."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+root = Path(__file__).parents[1]
+torch.set_num_threads(min(4, os.cpu_count() or 1)) # small tensors: more threads only wait for each other
+
+
+def pytest_collection_modifyitems(items):
+    "Skip tests marked `cuda` where there is no such device."
+    if torch.cuda.is_available(): return
+    skip = pytest.mark.skip(reason='needs a CUDA device, and PyTorch sees none here')
+    for item in items:
+        if 'cuda' in item.keywords: item.add_marker(skip)
+
+
+@pytest.fixture(scope='session')
+def shared():
+    "The folder of reference tensors and data sets beside the checkout; it need not be there."
+    return root.parent/'shared'
+
+
+def _folder_or_skip(path):
+    if not path.is_dir(): pytest.skip(f'needs {path.name} in ../shared beside the checkout, which is not there')
+    return path
+
+
+@pytest.fixture(scope='session')
+def reference(shared):
+    "Tensors recorded from the authors' code, or a skip."
+    return _folder_or_skip(shared/'reference')
+
+
+@pytest.fixture(scope='session')
+def data(shared):
+    "Packed data sets, or a skip."
+    return _folder_or_skip(shared/'data')
