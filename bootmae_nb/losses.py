@@ -60,19 +60,19 @@ def mim_targets(
         res['features'] = norm_feature(take(model.teacher_features(images), idx), _norm(row, 'norm_features', norm_features)), w
     return res
 
-# %% ../nbs/08_losses.ipynb #4e2d2fa4
+# %% ../nbs/08_losses.ipynb #149bf2bc
 def mim_losses(
-    model:MaskedAutoencoder, # Says which loss
+    method:Method, # Says which loss
     out:dict, # What the model predicted for the hidden patches
     targets:dict, # As `mim_targets` gives them
     norm_features:str|bool|None=None, # As in `mim_targets`
 ) -> dict: # 'pixels' and / or 'features' -> `(B,)`, the loss of each image
     "The loss of each decoder"
-    if 'features' in out and _norm(model.method, 'norm_features', norm_features) == 'layer':
+    if 'features' in out and _norm(method, 'norm_features', norm_features) == 'layer':
         out = out | dict(features=norm_feature(out['features']))
-    return {k: token_loss(out[k], targ, model.method.loss, w) for k,(targ,w) in targets.items()}
+    return {k: token_loss(out[k], targ, method.loss, w) for k,(targ,w) in targets.items()}
 
-# %% ../nbs/08_losses.ipynb #3b3c52fd
+# %% ../nbs/08_losses.ipynb #5a174e08
 def mim_loss(
     model:MaskedAutoencoder, # The model
     images:Tensor, # `(B, C, H, W)`, in the model's input statistics
@@ -84,5 +84,5 @@ def mim_loss(
 ) -> tuple: # The total loss, and a dict with the loss of each decoder
     "Forward pass and loss of any method"
     targets = mim_targets(model, images, mask, None, weight_map, norm_pixels, norm_features)
-    parts = {k: v.mean() for k,v in mim_losses(model, model(images, mask), targets, norm_features).items()}
+    parts = {k: v.mean() for k,v in mim_losses(model.method, model(images, mask), targets, norm_features).items()}
     return sum(v*(feature_weight if k == 'features' else 1.) for k,v in parts.items()), parts

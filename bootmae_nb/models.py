@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['methods', 'Method', 'get_method', 'MaskedAutoencoder', 'plain', 'seeded', 'mim_model', 'bootmae', 'mae', 'dbot']
 
-# %% ../nbs/06_models.ipynb #8549f14f
+# %% ../nbs/06_models.ipynb #d7b7f2f8
 import copy, difflib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor, nn
+from .masking import make_mask
 from .patches import mask_order, pair
 from .vit import Decoder, Encoder, init_weights, make_encoder
 
-# %% ../nbs/06_models.ipynb #10183fc4
+# %% ../nbs/06_models.ipynb #d6fe1486
 @dataclass(frozen=True)
 class Method:
     "The settings that make a masked autoencoder one method or another; the defaults are BootMAE's"
@@ -43,6 +44,9 @@ class Method:
     mean:tuple=(.5, .5, .5) # Mean of the input statistics, on a scale of 0 to 1
     std:tuple=(.5, .5, .5) # Standard deviation of the input statistics
 
+    @property
+    def masker(self): return make_mask(self.mask, self.mask_ratio)
+
 # %% ../nbs/06_models.ipynb #d1e4955b
 _imagenet = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
 _plain = dict(mask='random', weighted=False, positions='all', first='column', init='mae', **_imagenet)   # what MAE and dBOT share
@@ -58,7 +62,7 @@ _choices = dict(teacher=('momentum', 'frozen', None), loss=('mse', 'smooth_l1'),
                 norm_features=('layer', 'token', False), positions=('hidden', 'all'), first=('row', 'column'),
                 init=('bootmae', 'mae'))
 
-# %% ../nbs/06_models.ipynb #0a816cd8
+# %% ../nbs/06_models.ipynb #81304e7b
 def get_method(
     name:str|Method='bootmae', # 'bootmae', 'mae', 'dbot', or a row of one's own
     **ablations # Columns to replace, e.g. `pixel_inject=None`
@@ -77,6 +81,7 @@ def get_method(
         if getattr(row, k) not in ok: raise ValueError(f"{k}={getattr(row, k)!r} is unknown: choose one of {', '.join(map(repr, ok))}")
     if not row.targets or set(row.targets) - {'pixels', 'features'}:
         raise ValueError(f"targets={row.targets!r} is not a choice of 'pixels' and 'features': give e.g. ('pixels', 'features')")
+    row.masker
     if 'features' in row.targets and not row.teacher: raise ValueError("features need a teacher: set teacher='momentum' or 'frozen', or targets=('pixels',)")
     return row if 'features' in row.targets else replace(row, teacher=None)
 
@@ -178,7 +183,7 @@ def _decoder(enc, row, kind):
     return Decoder(enc.dim, out, enc.grid, get('width') or enc.dim, get('depth'), get('heads') or enc.heads, inject, row.positions, row.first,
                    kind == 'features' and row.with_cls, row.drop_path)
 
-# %% ../nbs/06_models.ipynb #973ce039
+# %% ../nbs/06_models.ipynb #31132fbf
 _inits = dict(bootmae={}, mae=dict(qkv_parts=1, cls_std=.02, mask_trunc=None))
 
 def mim_model(
@@ -197,6 +202,7 @@ def mim_model(
 ) -> MaskedAutoencoder:
     "A masked autoencoder, initialised as its paper does"
     row = get_method(method, **ablations)
+    if in_chans < 1: raise ValueError(f"in_chans={in_chans} is no number of channels: give 3 for colour, 1 for grey")
     row = replace(row, mean=_stats(row.mean, in_chans), std=_stats(row.std, in_chans))
     size = dict(arch=arch, img_size=pair(img_size, 'image size'), in_chans=in_chans, patch_size=patch_size, width=width, depth=depth, heads=heads,
                 class_token=class_token)

@@ -115,13 +115,13 @@ def _is_ours(
     sections = cfg._cfg.sections()
     return not sections or any(key in _rules for name in sections for key in cfg._cfg[name])
 
-# %% ../nbs/00_settings.ipynb #c7d09cd1
+# %% ../nbs/00_settings.ipynb #013bb20c
 def _find(
     folder:Path, # absolute path of the folder to begin with
 )->Config|None: # None where there is no such file
     "The nearest `settings.ini` of ours in a folder or above it."
     files = (o/'settings.ini' for o in [folder, *folder.parents])
-    return next(filter(_is_ours, (_read(o) for o in files if o.exists())), None)
+    return next(filter(_is_ours, (_read(o) for o in files if os.path.exists(o))), None)
 
 # %% ../nbs/00_settings.ipynb #1fb304a7
 def _from_file(

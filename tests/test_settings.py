@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from bootmae_nb.settings import Settings, SettingsError, load_settings, pick_device, pick_precision, pick_workers
 
@@ -83,6 +84,21 @@ def test_files_that_cannot_be_read(ini, tmp_path):
     with pytest.raises(SettingsError, match='settings.ini'): load_settings(ini('[DEFAULT]\ndata_dir = Bücher', encoding='latin-1'), {})
     (tmp_path/'a'/'settings.ini').mkdir(parents=True)
     with pytest.raises(SettingsError, match='cannot be read'): load_settings(tmp_path/'a', {})
+
+
+keys = st.sampled_from([*Settings.__dataclass_fields__, 'devcie', '[DEFAULT]', '[demo]', '#', '%(seed)s', 'lib_name', ''])
+values = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(str), st.sampled_from(['auto', 'cpu', '~nobody/x', '%', '\0', '٣']))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(keys, values), max_size=4), st.binary(max_size=4))
+@example([('data_dir', '~nobody/x')], b'')
+def test_any_file_gives_settings_or_a_settings_error(tmp_path, lines, rest):
+    text = '[DEFAULT]\n' + '\n'.join(f'{key} = {value}' for key, value in lines)
+    (tmp_path/'settings.ini').write_bytes(text.encode('utf-8', 'surrogatepass') + rest)
+    for load in (lambda: load_settings(tmp_path/'settings.ini', {}), lambda: load_settings(tmp_path, {f'BOOTMAE_{k}': v for k, v in lines})):
+        try: assert load().data_dir.is_absolute()
+        except SettingsError as error: assert '\n' not in str(error)
 
 
 @pytest.mark.parametrize('foreign', ['[DEFAULT]\nlib_name = x\nversion = 1', '[Settings]\ngtk-theme-name = Adwaita'])

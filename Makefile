@@ -1,0 +1,69 @@
+# Needs Python 3.11 or newer (with its venv module) and make; everything else is installed into .venv.
+# Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The demo: a small BootMAE on the photographs that come with the installed packages
+DEMO_OUT ?= runs/demo
+DEMO_FLAGS ?= --arch vit_tiny_patch16_224 --method bootmae --img-size 96
+DEMO_IMAGES ?= photos
+
+# Without byte code every start compiles fastai anew, for some 15 seconds
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help demo test test-slow lab app readme clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo       train a small BootMAE on photographs and draw what it learnt (minutes, in $(DEMO_OUT))'
+	@echo 'make test       lint, notebooks, tests, and: package and README equal the notebooks'
+	@echo 'make test-slow  the tests that train for longer'
+	@echo 'make lab        open the notebooks in JupyterLab'
+	@echo 'make app        serve the demo in a browser'
+	@echo 'make readme     README.md from nbs/index.ipynb'
+	@echo 'make clean      remove caches and built files; keeps .venv, data and runs'
+
+# The stamp file is newer than pyproject.toml once all is installed. uv, not pip: pip may pair torch with a torchvision that does not fit it.
+.venv/.ok: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'bootmae_nb needs Python 3.11 or newer, and "$(PYTHON)" is older or absent: name another, e.g. make PYTHON=python3.12 demo'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'The venv module of "$(PYTHON)" is absent: install it (on Debian and Ubuntu: apt install python3-venv) and try again'; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
+	@touch $@
+
+demo: .venv/.ok
+	$(BIN)/bootmae-train photos --out $(DEMO_OUT) $(DEMO_FLAGS)
+	$(BIN)/bootmae-reconstruct $(DEMO_OUT) $(DEMO_IMAGES) --out $(DEMO_OUT)/pictures
+	@echo 'Pictures are in $(DEMO_OUT)/pictures. Next: make lab, and nbs/index.ipynb'
+
+# tests/test_project.py compares the package and README.md with the notebooks
+test: .venv/.ok
+	$(BIN)/ruff check bootmae_nb tests tools app
+	$(BIN)/nbdev-test --n-workers 1
+	$(BIN)/pytest
+
+test-slow: .venv/.ok
+	$(BIN)/nbdev-test --n-workers 1 --flags slow
+	$(BIN)/pytest -m slow
+
+lab: .venv/.ok
+	$(BIN)/jupyter lab nbs
+
+ifneq ($(wildcard app/app.py),)
+app: .venv/.ok
+	$(BIN)/python app/app.py
+else
+app:
+	@echo 'The app is not there yet: app/README.md says what it will show. Until then: make demo'; exit 1
+endif
+
+readme: .venv/.ok
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf build dist _proc _docs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
