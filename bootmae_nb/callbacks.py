@@ -6,7 +6,7 @@
 __all__ = ['MaskBatch', 'MimLoss', 'MimBatch', 'MomentumTeacher', 'FeatureWeight', 'LossPart', 'TargetVariance', 'CPUBFloat16',
            'ReconstructionLog']
 
-# %% ../nbs/11_callbacks.ipynb #a991e140
+# %% ../nbs/11_callbacks.ipynb #723e1c40
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
@@ -20,7 +20,7 @@ from .data import mix_seed
 from .losses import mim_losses, mim_targets
 from .masking import PatchMask
 from .models import plain
-from .targets import ema_decay, ema_update, feature_weight, variance_over_images
+from .targets import ema_decay, ema_decay_for, ema_update, feature_weight, variance_over_images
 from .viz import reconstruction_sheet
 
 # %% ../nbs/11_callbacks.ipynb #b777f02b
@@ -84,17 +84,17 @@ class MimBatch(Callback):
     def after_fit(self): self.learn.loss_func.clear()
     def after_validate(self): self.learn.loss_func.targets = None
 
-# %% ../nbs/11_callbacks.ipynb #0238de6a
+# %% ../nbs/11_callbacks.ipynb #871e1eb3
 class MomentumTeacher(Callback):
     "Move the teacher towards the encoder after every optimiser step"
     order,run_valid = MixedPrecision.order + 1, False
     def __init__(self,
-        decay=None, # `None` = BootMAE's schedule; a number; or a pair: from the first to the second over the run
+        decay=None, # `None` = BootMAE's schedule; 'run' = the same with its memory scaled to the run; a number; or a pair: from the first to the second over the run
         scale:bool=False, # Scale the schedule's 800 epochs to the length of the run
         dynamic:bool=True, # BootMAE's schedule goes on to 0.99999 (ViT-B)
     ):
         for d in decay if isinstance(decay, list|tuple) else [decay]:
-            if d is not None and not 0 <= d <= 1: raise ValueError(f"EMA decay {d} is outside [0, 1]: give the share of the teacher that stays, e.g. 0.999")
+            if d not in (None, 'run') and not 0 <= d <= 1: raise ValueError(f"EMA decay {d} is outside [0, 1]: give the share of the teacher that stays, e.g. 0.999")
         self.decay_arg,self.scale,self.dynamic,self.decay = decay, scale, dynamic, None
 
     def before_batch(self):
@@ -104,6 +104,7 @@ class MomentumTeacher(Callback):
         "The decay of this step"
         d = self.decay_arg
         if isinstance(d, list|tuple): return d[0] + (d[1] - d[0])*min(self.pct_train, 1.)
+        if d == 'run': return ema_decay_for(self.pct_train, self.n_epoch*len(self.dls.train), self.dynamic)
         return d if d is not None else ema_decay(self.epoch*800/self.n_epoch if self.scale else self.epoch, self.dynamic)
 
     def after_cancel_step(self): self.skipped = True

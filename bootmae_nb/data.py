@@ -53,7 +53,7 @@ def seeded(
         try: yield
         finally: random.setstate(py); np.random.set_state(npy)
 
-# %% ../nbs/03_data.ipynb #f16fdd40
+# %% ../nbs/03_data.ipynb #041e7349
 class SeededDL(TfmdDL):
     "A `TfmdDL` in which every random choice follows from the seed, the epoch and the item"
     @delegates(TfmdDL.__init__)
@@ -124,9 +124,11 @@ class SeededDL(TfmdDL):
 
     @delegates(TfmdDL.show_batch)
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
-        self.seeds_items = not unique  # the same item again and again would be the same crop again and again
-        try: return super().show_batch(b, max_n, ctxs, show, unique, **kwargs)
-        finally: self.seeds_items = True
+        if unique and b is None:
+            dl = self.new(get_idxs=lambda: [0] * self.bs)
+            dl.seeds_items = False  # or the same item would be the same crop again and again
+            b = dl.one_batch()
+        return super().show_batch(b, max_n, ctxs, show, **kwargs)
 
 # %% ../nbs/03_data.ipynb #6184677a
 class TensorGrey(TensorImageBW):

@@ -37,10 +37,13 @@ def decay_groups(
         if p.requires_grad: groups[p.ndim < 2 or n.rpartition('.')[2] in exempt].append(p)
     return list(groups)
 
-# %% ../nbs/12_learner.ipynb #0fe39281
+# %% ../nbs/12_learner.ipynb #f323b4be
 class DecayGroups(Callback):
     "Keep weight decay off the second group of `decay_groups`, whatever `fit` was given"
-    def before_fit(self): self.opt.set_hyper('wd', [self.opt.hypers[0]['wd'], *[0.]*(len(self.opt.hypers) - 1)])
+    def before_fit(self):
+        if self.opt is None: return                      # validating before any training
+        wd = [o['wd'] for o in self.opt.hypers]
+        self.opt.set_hyper('wd', [wd[0], *[0.]*(len(wd) - 1)])
 
 # %% ../nbs/12_learner.ipynb #66be6f2b
 class MimLearner(Learner):
@@ -93,7 +96,7 @@ def _image_shape(dls):
     if x.ndim != 4: raise ValueError(f"the loader's batches have the shape {tuple(x.shape)}: expected images (B, C, H, W)")
     return x.shape[1], tuple(x.shape[2:])
 
-# %% ../nbs/12_learner.ipynb #20de849a
+# %% ../nbs/12_learner.ipynb #1ec160c7
 def mim_learner(
     dls:DataLoaders, # Images, e.g. of `mim_dls`; labels are ignored
     arch:str|MaskedAutoencoder='vit_base_patch16_224', # A plain ViT of timm, or a model made before
@@ -103,7 +106,7 @@ def mim_learner(
     lr:float=1e-3, # Learning rate when `fit` is not given one
     wd:float=.05, # Weight decay
     betas:tuple=(.9, .95), # AdamW's
-    ema=None, # EMA decay: `None` = BootMAE's schedule; a number; or a pair, from the first to the second over the run
+    ema=None, # EMA decay: `None` = BootMAE's schedule; 'run' = with its memory scaled to the run; a number; or a pair, from the first to the second
     ema_scale:bool=False, # Scale BootMAE's EMA schedule of 800 epochs to the length of the run
     ema_dynamic:bool=True, # BootMAE's EMA schedule goes on to 0.99999 (ViT-B)
     weight_of_features:float|None=None, # Weight of the feature loss; `None` = BootMAE's ramp

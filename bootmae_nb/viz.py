@@ -185,17 +185,18 @@ def reconstruct(
     try: return reconstruction_sheet(model.eval(), images, mask_for(model, mask, len(images), seed), None, put_back, height)
     finally: model.train(was)
 
-# %% ../nbs/10_viz.ipynb #7bdcf642
+# %% ../nbs/10_viz.ipynb #a84e8073
 def plot_losses(
     history:dict, # Name -> values by epoch, e.g. `{'pixels': [...], 'features': [...]}`; `None` and NaN are left out
     ax=None, # A matplotlib axis; `None` makes a figure
+    first:int=1, # Epoch of the first value
 ): # The axis
     "Losses by epoch, each named at its end"
     if ax is None:
         from matplotlib.figure import Figure
         ax = Figure(figsize=(6, 3), layout='constrained').subplots()
     for name,values in history.items():
-        kept = [(i + 1, float(v)) for i,v in enumerate(values) if v is not None and v == v]
+        kept = [(i, float(v)) for i,v in enumerate(values, first) if v is not None and v == v]
         if not kept: continue
         line, = ax.plot(*zip(*kept), marker='o', markersize=3, label=name)
         ax.annotate(f' {kept[-1][1]:.3g}', kept[-1], color=line.get_color(), fontsize=8, va='center')
