@@ -19,3 +19,6 @@ from .checkpoints import *
 from .viz import *
 from .callbacks import *
 from .learner import *
+
+# %% ../nbs/19_all.ipynb #0b21c480
+__all__ = [k for k in globals() if not k.startswith('_')]

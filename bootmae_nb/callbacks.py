@@ -6,7 +6,7 @@
 __all__ = ['MaskBatch', 'MimLoss', 'MimBatch', 'MomentumTeacher', 'FeatureWeight', 'LossPart', 'TargetVariance', 'CPUBFloat16',
            'ReconstructionLog']
 
-# %% ../nbs/11_callbacks.ipynb #723e1c40
+# %% ../nbs/11_callbacks.ipynb #3aca3f4d
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
@@ -15,12 +15,14 @@ from fastai.data.transforms import ItemTransform
 from fastai.learner import Metric
 from fastai.torch_core import get_model, rank_distrib
 from fastcore.imports import in_notebook
+from IPython.display import display
 from .checkpoints import write_whole
 from .data import mix_seed
 from .losses import mim_losses, mim_targets
 from .masking import PatchMask
 from .models import plain
 from .targets import ema_decay, ema_decay_for, ema_update, feature_weight, variance_over_images
+from .vit import zero_key_bias_grads
 from .viz import reconstruction_sheet
 
 # %% ../nbs/11_callbacks.ipynb #b777f02b
@@ -66,7 +68,7 @@ class MimLoss:
         total = sum(v*(self.feature_weight if k == 'features' else 1.) for k,v in losses.items())
         return total if (reduction or self.reduction) == 'none' else total.mean()
 
-# %% ../nbs/11_callbacks.ipynb #0261eb22
+# %% ../nbs/11_callbacks.ipynb #7863619e
 class MimBatch(Callback):
     "Feed the model images and mask, and the loss its targets"
     order = MixedPrecision.order + 1        # the teacher must run under autocast, the predictions be floats already
@@ -81,6 +83,7 @@ class MimBatch(Callback):
         self.learn.loss_func.targets = mim_targets(model, x, mask, n)
 
     def after_pred(self): self.learn.pred = tuple(self.pred.values())
+    def after_backward(self): zero_key_bias_grads(get_model(self.model))
     def after_fit(self): self.learn.loss_func.clear()
     def after_validate(self): self.learn.loss_func.targets = None
 
@@ -158,7 +161,7 @@ class CPUBFloat16(Callback):
     def after_loss(self): self.close()
     def after_batch(self): self.close()
 
-# %% ../nbs/11_callbacks.ipynb #b4a7ff5d
+# %% ../nbs/11_callbacks.ipynb #9cd1fa39
 class ReconstructionLog(Callback):
     "A picture of the same images with the same masks after each epoch, on disk and in a notebook"
     order = 60
@@ -195,7 +198,6 @@ class ReconstructionLog(Callback):
         finally: model.train(was)
 
     def _display(self):
-        from IPython.display import display
         if self.handle is None: self.handle = display(self.picture, display_id=True)
         else: self.handle.update(self.picture)
 

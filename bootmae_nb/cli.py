@@ -23,7 +23,7 @@ def plain_errors(f):
         except KeyboardInterrupt as e: raise SystemExit(130) from e
     return _f
 
-# %% ../nbs/18_cli.ipynb #c2862db3
+# %% ../nbs/18_cli.ipynb #23a19ab6
 def _ema(text):
     "'0.99', '0.99,0.999', 'run' or 'paper' as `mim_learner` wants it"
     if text in ('run', 'paper'): return None if text == 'paper' else text
@@ -39,7 +39,18 @@ def _size(text):
     if len(hw) not in (1, 2): raise ValueError(f"image size {text!r} is not understood: give one number such as 224, or height x width such as 96x160")
     return hw[0] if len(hw) == 1 else hw
 
-# %% ../nbs/18_cli.ipynb #e20099ef
+def _assignments(texts):
+    "['depth=6', 'pixel_inject=None'] as a dict"
+    from ast import literal_eval
+    res = {}
+    for t in texts or ():
+        k,eq,v = t.partition('=')
+        if not eq: raise ValueError(f"--set {t!r} is not understood: give key=value, e.g. depth=6")
+        try: res[k] = literal_eval(v)
+        except (ValueError, SyntaxError): res[k] = v
+    return res
+
+# %% ../nbs/18_cli.ipynb #e8661061
 @call_parse
 @plain_errors
 def bootmae_train(
@@ -58,6 +69,8 @@ def bootmae_train(
     in_chans:int=3, # Channels: 3 colour, 1 grey, 4 colour with opacity
     crops:int=None, # Random crops of each image per epoch; enough for 512 where images are few
     min_scale:float=.2, # Smallest random crop as a share of the image
+    valid_pct:float=.1, # Share of the images kept for validation
+    set:Annotated[str, "Sizes of the model and columns of the method to change, e.g. --set depth=6 pixel_width=192 pixel_inject=None", dict(nargs='+')]=None,
     out:Path=None, # Folder of the run; a new one in run_dir of settings.ini if not given
     seed:int=None, # Seed of weights, order, crops and masks; settings.ini's if not given
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
@@ -66,6 +79,8 @@ def bootmae_train(
     overwrite:bool=False, # Write over the model of an earlier run in the same folder
 ):
     "Pretrain a masked autoencoder on a folder of images"
+    import warnings
+    warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')      # what libraries say to each other
     from bootmae_nb.settings import load_settings, pick_device, pick_precision, pick_workers
     s = load_settings()
     device = pick_device(device or s.device)
@@ -75,15 +90,15 @@ def bootmae_train(
     if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
     from bootmae_nb.data import mim_dls
     from bootmae_nb.learner import mim_learner
-    dls = mim_dls(source, img_size=size, bs=bs, in_chans=in_chans, crops_per_image=crops, min_scale=min_scale, device=device,
+    dls = mim_dls(source, img_size=size, bs=bs, in_chans=in_chans, crops_per_image=crops, min_scale=min_scale, valid_pct=valid_pct, device=device,
                   seed=s.seed if seed is None else seed, num_workers=pick_workers(s.workers if workers is None else workers))
-    ablations = dict(patch_size=patch_size, mask=mask, **({} if mask_ratio is None else dict(mask_ratio=mask_ratio)))
+    ablations = _assignments(set) | dict(patch_size=patch_size, mask=mask, **({} if mask_ratio is None else dict(mask_ratio=mask_ratio)))
     learn = mim_learner(dls, arch, method, ema=ema, precision=precision, log_pictures=out/'reconstructions', path=out, **ablations)
     _announce(learn, arch, device, precision, out)
     history = _fit(learn, epochs, lr, schedule)
     _write_run(learn, history, out, dict(source=source, epochs=epochs, bs=bs, schedule=schedule, lr=lr, ema=ema, precision=precision, device=str(device), seed=dls.train.seed))
 
-# %% ../nbs/18_cli.ipynb #fb7a73fe
+# %% ../nbs/18_cli.ipynb #f60347ef
 def _run_folder(out, run_dir, overwrite):
     "The folder of a run, not one that holds a model already"
     import time
@@ -92,17 +107,19 @@ def _run_folder(out, run_dir, overwrite):
         raise ValueError(f"{out} holds the model of an earlier run: choose another --out, or say --overwrite")
     return out
 
-# %% ../nbs/18_cli.ipynb #e9c4e8b2
+# %% ../nbs/18_cli.ipynb #2c2d29b9
 def _announce(learn, arch, device, precision, out):
-    "What is about to happen, in three lines"
+    "What is about to happen, in a few lines"
     from bootmae_nb.checkpoints import count_parameters
     dls,m = learn.dls, learn.model
     parts = ', '.join(f'{k} {v/1e6:.1f} M' for k,v in count_parameters(m).items())
-    print(f'{m.method.name} with {arch}: {parts} parameters; {m.grid[0]} x {m.grid[1]} patches of {m.patch_size[0]} px, {m.method.masker}')
+    hidden = m.method.masker.n_hidden(m.grid)
+    print(f'{m.method.name} with {arch}: {parts} parameters')
+    print(f'{m.grid[0]} x {m.grid[1]} patches of {m.patch_size[0]} px, {hidden} of them hidden ({m.method.mask} mask)')
     print(f'{len(dls.train_ds)} training crops and {len(dls.valid_ds)} validation images in batches of {dls.train.bs}, on {device} in {precision}')
     print(f'writing to {out}', flush=True)
 
-# %% ../nbs/18_cli.ipynb #0067268a
+# %% ../nbs/18_cli.ipynb #d02240a5
 class _PlainLog:
     "One line for each epoch, where there is no terminal to draw a progress bar in"
     def __init__(self, names): self.names = names
@@ -110,7 +127,7 @@ class _PlainLog:
         if row[0] == 0: print('  '.join(f'{o:>10}' for o in self.names))
         print('  '.join(f'{o:>10.4f}' if isinstance(o, float) else f'{o!s:>10}' for o in row), flush=True)
 
-# %% ../nbs/18_cli.ipynb #573a57fb
+# %% ../nbs/18_cli.ipynb #9c580bd9
 def _fit(learn, epochs, lr, schedule):
     "Train, and return the losses by epoch as a table whose row 0 is before training"
     import time
@@ -131,7 +148,7 @@ def _fit(learn, epochs, lr, schedule):
                          interrupted=bool(done))
     return history
 
-# %% ../nbs/18_cli.ipynb #614ae01d
+# %% ../nbs/18_cli.ipynb #899763bc
 def _write_run(learn, history, out, how):
     "Model, losses and their picture"
     from bootmae_nb.checkpoints import save_model, write_whole
@@ -147,7 +164,7 @@ def _write_run(learn, history, out, how):
     print(f"{history.attrs['seconds']:.0f} s, {history.attrs['images_per_second']:.0f} images/s; model: {path}, losses: {out/'losses.png'}")
     if 'pixels' in parts: print(f"pictures after each epoch: {out/'reconstructions'}")
 
-# %% ../nbs/18_cli.ipynb #1ba2e5d6
+# %% ../nbs/18_cli.ipynb #7635c519
 @call_parse
 @plain_errors
 def bootmae_reconstruct(
@@ -178,7 +195,7 @@ def bootmae_reconstruct(
         sheet = write_whole(Path(out)/'sheet.png', lambda p: contact_sheet([[o] for o in list(rows.values())[:12]], gap=0).save(p, format='png'))
         print(f"{sheet}: {'all' if len(rows) <= 12 else 'the first 12'} on one sheet")
 
-# %% ../nbs/18_cli.ipynb #8e08a67d
+# %% ../nbs/18_cli.ipynb #40c68094
 def _named_images(sources):
     "Files of `sources` by a name for their pictures, each name once"
     from bootmae_nb.images import image_files, sample_photos

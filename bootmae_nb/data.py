@@ -6,7 +6,7 @@
 __all__ = ['mix_seed', 'seeded', 'SeededDL', 'TensorGrey', 'PILGrey', 'OpenImage', 'CropImage', 'FlipCrop', 'decode_side',
            'find_bad', 'mim_dls']
 
-# %% ../nbs/03_data.ipynb #bea6d358
+# %% ../nbs/03_data.ipynb #10495016
 import itertools
 import math
 import random
@@ -27,7 +27,7 @@ from fastai.vision.core import PILImage, PILImageBW
 from fastcore.meta import delegates
 from fastcore.utils import chunked, num_cpus
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .images import MAX_PIXELS, ImageError, image_files, image_size, open_image, sample_photos
 
@@ -38,7 +38,7 @@ def mix_seed(
     "A seed that depends on every part and is the same in every process and run"
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), 'big') >> 1
 
-# %% ../nbs/03_data.ipynb #728edd8b
+# %% ../nbs/03_data.ipynb #b575597a
 @contextmanager
 def seeded(
     *parts,  # what the random numbers should depend on, as for `mix_seed`
@@ -49,11 +49,12 @@ def seeded(
     seed, py, npy = mix_seed(*parts), random.getstate(), np.random.get_state()
     with torch.random.fork_rng(gpus):
         random.seed(seed); np.random.seed(seed % 2**32); torch.default_generator.manual_seed(seed)
-        for o in gpus: torch.cuda.default_generators[o.index or 0].manual_seed(seed)
+        for o in gpus:
+            with torch.cuda.device(o): torch.cuda.manual_seed(seed)
         try: yield
         finally: random.setstate(py); np.random.set_state(npy)
 
-# %% ../nbs/03_data.ipynb #041e7349
+# %% ../nbs/03_data.ipynb #92e8ba13
 class SeededDL(TfmdDL):
     "A `TfmdDL` in which every random choice follows from the seed, the epoch and the item"
     @delegates(TfmdDL.__init__)
@@ -64,7 +65,7 @@ class SeededDL(TfmdDL):
         num_workers: int | None = None,  # processes that load items; changes nothing but the speed
         seed: int = 42,  # another seed, other orders and crops
         epoch: int = -1,  # the epoch last begun: the next pass is number epoch + 1
-        on_bad: str = 'raise',  # 'skip': put the next image in place of one that raises `ImageError`
+        on_bad: str = 'raise',  # 'skip': put the next of `dataset.items` in place of one that raises `ImageError`
         **kwargs
     ):
         self.seed, self.epoch, self.on_bad, self.seeds_items = seed, epoch, on_bad, True
@@ -80,17 +81,21 @@ class SeededDL(TfmdDL):
             yield b
 
     def before_iter(self):
+        "Begin the next epoch, and tell the batch transforms that want to know"
         super().before_iter()
         if self.shuffle: self.epoch += 1
         for f in self.after_batch.fs:
             if hasattr(f, 'restart'): f.restart(self.seed, self.this_epoch)
 
     @property
-    def this_epoch(self): return max(self.epoch, 0) if self.shuffle else 0
+    def this_epoch(self):
+        "The epoch that seeds items; always 0 for a loader that does not shuffle"
+        return max(self.epoch, 0) if self.shuffle else 0
 
     def shuffle_fn(self, idxs): return random.Random(mix_seed(self.seed, self.epoch, 'order')).sample(idxs, len(idxs))
 
     def do_item(self, s):
+        "Item `s`, or the next one that can be read"
         if self.on_bad == 'raise': return self._item(s)
         for i in ((s or 0) + k for k in range(self.n)):
             if self.bad[i % self.n]: continue
@@ -103,6 +108,7 @@ class SeededDL(TfmdDL):
         with seeded(self.seed, self.this_epoch, int(s or 0)): return super().do_item(s)
 
     def _mark_bad(self, i, error):
+        "Flag all repeats of item `i`, for the workers too"
         items = self.dataset.items
         self.bad[[j for j, o in enumerate(items) if o is items[i]]] = True
         warnings.warn(f'{error}. Another image takes its place.', stacklevel=2)
@@ -112,12 +118,14 @@ class SeededDL(TfmdDL):
 
     @delegates(TfmdDL.new)
     def new(self, dataset=None, cls=None, **kwargs):
+        "A loader with some arguments changed; one for other data raises on bad images"
         if issubclass(cls or SeededDL, SeededDL):
             on_bad = self.on_bad if dataset is None else 'raise'
             kwargs = dict(seed=self.seed, epoch=self.epoch, on_bad=on_bad) | kwargs
         return super().new(dataset, cls, **kwargs)
 
     def one_batch(self):
+        "The first batch of the next epoch, without beginning it"
         epoch = self.epoch
         try: return super().one_batch()
         finally: self.epoch = epoch
@@ -198,7 +206,7 @@ def decode_side(size, min_scale):
     "Smallest side that an image may be decoded at before any crop of `size` would have to be enlarged for it"
     return math.ceil(max(*size, math.sqrt(math.prod(size) / (3/4 * min_scale))))
 
-# %% ../nbs/03_data.ipynb #eb4765aa
+# %% ../nbs/03_data.ipynb #c8bc0ccc
 def _column(df, col):
     "A column by name or by number"
     if col in df.columns: return df[col]
@@ -212,7 +220,8 @@ def _from_table(df, fn_col, valid_col):
         if not isinstance(o, (str, Path)): raise ValueError(f'row {i} of column {fn_col!r} holds {o!r}: every row needs the name of a file')
     if valid_col is None: return list(files), None
     valid = _column(df, valid_col)
-    if not valid.isin([True, False]).all(): raise ValueError(f'column {valid_col!r} holds more than True and False: mark the rows for validation with True')
+    if not valid.isin([True, False]).all():
+        raise ValueError(f'column {valid_col!r} holds more than True and False: mark the rows for validation with True')
     return list(files), [bool(o) for o in valid]
 
 # %% ../nbs/03_data.ipynb #93961764
@@ -229,7 +238,7 @@ def _photos(source, channels):
     if not photos: raise ImageError('no packaged photographs are installed: install scikit-image, or give a folder')
     return photos
 
-# %% ../nbs/03_data.ipynb #e529715a
+# %% ../nbs/03_data.ipynb #77f6d500
 def _collect(source, fn_col, valid_col, pref, channels):
     "Items of any source, and which of them are for validation (None: not stated)"
     valid = None
@@ -238,7 +247,8 @@ def _collect(source, fn_col, valid_col, pref, channels):
     if isinstance(source, pd.DataFrame): source, valid = _from_table(source, fn_col, valid_col)
     if isinstance(source, Image.Image) or isinstance(source, np.ndarray) and source.ndim < 4: source = [source]
     try: items = list(source)
-    except TypeError: raise TypeError(f'a {type(source).__name__} is no source of images: give a folder, a list of files or images, or a DataFrame') from None
+    except TypeError:
+        raise TypeError(f'{type(source).__name__} is no source of images: give a folder, a list of files or images, or a DataFrame') from None
     if not items: raise ImageError(f'the {type(source).__name__} of images is empty: give at least one')
     return [Path(pref)/o if pref and isinstance(o, (str, Path)) else o for o in items], valid
 
@@ -299,13 +309,14 @@ def _split(
     idxs = range(len(items))
     return [i for i in idxs if not valid[i]], [i for i in idxs if valid[i]]
 
-# %% ../nbs/03_data.ipynb #621224f0
-def _check_split(train, valid, valid_col, n_shown):
+# %% ../nbs/03_data.ipynb #f9fc7db8
+def _check_split(train, valid, valid_col, valid_pct, n_shown):
     "Both parts, with a few training images for validation where it would be empty"
     if valid_col is not None and not (train and valid):
-        raise ValueError(f'column {valid_col!r} leaves no readable image for {"validation" if train else "training"}: mark some rows True and some False')
+        part = 'validation' if train else 'training'
+        raise ValueError(f'column {valid_col!r} leaves no readable image for {part}: mark some rows True and some False')
     if valid: return train, valid
-    why = 'there is one image only' if len(train) == 1 else 'valid_pct is 0'
+    why = 'there is one image only' if valid_pct else 'valid_pct is 0'
     warnings.warn(f'validation looks at images that are trained on, because {why}.', stacklevel=3)
     return train, train[:n_shown]
 
@@ -342,7 +353,7 @@ def _home(source, pref):
     if isinstance(source, (str, Path)) and Path(source).exists(): return Path(source) if Path(source).is_dir() else Path(source).parent
     return Path(pref or '.')
 
-# %% ../nbs/03_data.ipynb #27b8ed84
+# %% ../nbs/03_data.ipynb #c03c1764
 def mim_dls(
     source=None,  # folder, list of files / PIL images / arrays, DataFrame; None or 'photos': the packaged photographs
     img_size: int | tuple = 224,  # side, or (height, width), of the crops in pixels
@@ -369,7 +380,7 @@ def mim_dls(
     items, marks = _collect(source, fn_col, valid_col, pref, in_chans)
     opener = OpenImage(in_chans, decode_side(size, min_scale), max_pixels)
     if scan: items, marks = _readable(items, marks, opener, cache, on_bad)
-    train, valid = _check_split(*_split(items, marks, valid_pct, seed), valid_col if marks else None, bs)
+    train, valid = _check_split(*_split(items, marks, valid_pct, seed), valid_col if marks else None, valid_pct, bs)
     train = train * (crops_per_image or max(1, round(512 / len(train))))
     ds = Datasets(items, [[opener]], splits=[train, valid], do_setup=False, types=[object])
     tfms = [CropImage(size, min_scale), *([FlipCrop(p=0.5)] if flip else []), ToTensor()]

@@ -28,11 +28,11 @@ MAX_ASPECT = 1000  # long side over short side
 class ImageError(ValueError):
     "An image that cannot be used: the message names the file, what is wrong and what to do"
 
-# %% ../nbs/02_images.ipynb #4b0438df
+# %% ../nbs/02_images.ipynb #b364f195
 def _check_size(size, name, max_pixels):
     w, h = size
     if min(w, h) < 1: raise ImageError(f'{name} has no pixels ({w} x {h}): give an image of at least 1 x 1')
-    if w * h > max_pixels: raise ImageError(f'{name} has {w:,} x {h:,} pixels, more than the limit of {max_pixels:,}: make it smaller, or raise max_pixels')
+    if w * h > max_pixels: raise ImageError(f'{name} has {w:,} x {h:,} pixels, more than {max_pixels:,}: make it smaller, or raise max_pixels')
     if max(w, h) > MAX_SIDE: raise ImageError(f'{name} has a side of {max(w, h):,} pixels, more than {MAX_SIDE:,}: cut it into pieces')
     if max(w, h) > MAX_ASPECT * min(w, h): raise ImageError(f'{name} is a strip of {w:,} x {h:,} pixels: cut it to at most 1 : {MAX_ASPECT:,}')
 
@@ -123,7 +123,7 @@ def _to_bytes(x, ranges):
     y = np.where(ok, x, lo).astype(np.float64) - lo
     return np.rint(y * (255 / ((hi - lo) or 1.))).astype(np.uint8)
 
-# %% ../nbs/02_images.ipynb #2bc4e693
+# %% ../nbs/02_images.ipynb #533e0fde
 def _array_ranges(dtype):
     if dtype.kind == 'f': return 1, 255
     if dtype.itemsize == 2 and dtype.kind == 'u': return (65535,)
@@ -131,7 +131,7 @@ def _array_ranges(dtype):
 
 def _check_array(x, name, max_pixels):
     if x.dtype.kind not in 'buif' or not (x.ndim == 2 or x.ndim == 3 and 1 <= x.shape[2] <= 4):
-        raise ImageError(f'{name} is an array of {x.dtype} of shape {x.shape}: give numbers of shape (height, width) or (height, width, 1 to 4 channels)')
+        raise ImageError(f'{name} is an array of {x.dtype} of shape {x.shape}: give numbers of shape (height, width) or (height, width, 1 to 4)')
     _check_size(x.shape[1::-1], name, max_pixels)
 
 def _from_array(x):

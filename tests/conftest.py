@@ -1,12 +1,11 @@
 """What all tests share: a sensible number of threads, the data beside the checkout, skips that say why."""
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
 root = Path(__file__).parents[1]
-torch.set_num_threads(min(4, os.cpu_count() or 1)) # small tensors: more threads only wait for each other
+torch.set_num_threads(1) # small tensors: more threads only wait for each other, and for minutes where the cores are busy
 
 
 def pytest_collection_modifyitems(items):
