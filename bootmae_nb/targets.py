@@ -72,14 +72,14 @@ def ema_decay(
     line = lambda a, b, start, end: a + (b - a)*min(max((epoch - start)/(end - start), 0), 1)
     return line(.9999, .99999, 100, 400) if dynamic and epoch > 100 else line(.999, .9999, 0, 100)
 
-# %% ../nbs/07_targets.ipynb #2d2e0d3c
+# %% ../nbs/07_targets.ipynb #11506b69
 def ema_decay_for(
     done:float, # Share of the run that is done, from 0 to 1
     n_steps:int, # Steps of the run
     dynamic:bool=True, # As for `ema_decay`
 ) -> float: # The decay of the momentum encoder
     "BootMAE's decay schedule with epochs and memory scaled to a short run; the paper's run has 250,240 steps"
-    return ema_decay(800*done, dynamic)**max(1., 800*312.8/n_steps)
+    return max(.99, ema_decay(800*done, dynamic)**max(1., 800*312.8/n_steps))
 
 # %% ../nbs/07_targets.ipynb #9d9c3a78
 def feature_weight(

@@ -126,7 +126,6 @@ def test_the_consumer_of_a_batch_draws_from_its_own_numbers(folder):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_the_generator_of_the_device_is_borrowed_too():
     device = torch.device('cuda', 0); draw = lambda: torch.rand(3, device=device).tolist()
     torch.cuda.manual_seed(0); want = draw()
