@@ -50,7 +50,7 @@ def _assignments(texts):
         except (ValueError, SyntaxError): res[k] = v
     return res
 
-# %% ../nbs/18_cli.ipynb #e8661061
+# %% ../nbs/18_cli.ipynb #edce59f8
 @call_parse
 @plain_errors
 def bootmae_train(
@@ -65,6 +65,7 @@ def bootmae_train(
     schedule:str='onecycle', # onecycle, or paper: linear warm-up, cosine to a floor
     mask:str=None, # Kind of mask: block, random or grid; the method's own if not given
     mask_ratio:float=None, # Share of patches to hide; the method's own if not given
+    clip:float=None, # Clip the norm of the gradients at this value
     ema:str='run', # Momentum of the teacher: run (the paper's, scaled to the run), paper, or one or two numbers: 0.99,0.999
     in_chans:int=3, # Channels: 3 colour, 1 grey, 4 colour with opacity
     crops:int=None, # Random crops of each image per epoch; enough for 512 where images are few
@@ -90,13 +91,16 @@ def bootmae_train(
     if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
     from bootmae_nb.data import mim_dls
     from bootmae_nb.learner import mim_learner
+    from fastai.callback.training import GradientClip
     dls = mim_dls(source, img_size=size, bs=bs, in_chans=in_chans, crops_per_image=crops, min_scale=min_scale, valid_pct=valid_pct, device=device,
                   seed=s.seed if seed is None else seed, num_workers=pick_workers(s.workers if workers is None else workers))
     ablations = _assignments(set) | dict(patch_size=patch_size, mask=mask, **({} if mask_ratio is None else dict(mask_ratio=mask_ratio)))
     learn = mim_learner(dls, arch, method, ema=ema, precision=precision, log_pictures=out/'reconstructions', path=out, **ablations)
+    if clip: learn.add_cb(GradientClip(clip))
     _announce(learn, arch, device, precision, out)
     history = _fit(learn, epochs, lr, schedule)
-    _write_run(learn, history, out, dict(source=source, epochs=epochs, bs=bs, schedule=schedule, lr=lr, ema=ema, precision=precision, device=str(device), seed=dls.train.seed))
+    _write_run(learn, history, out, dict(source=source, epochs=epochs, bs=bs, schedule=schedule, lr=lr, clip=clip, ema=ema, precision=precision,
+                                         device=str(device), seed=dls.train.seed))
 
 # %% ../nbs/18_cli.ipynb #f60347ef
 def _run_folder(out, run_dir, overwrite):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decay_groups', 'DecayGroups', 'MimLearner', 'prepare_dls', 'mim_learner']
 
-# %% ../nbs/12_learner.ipynb #0976fb38
+# %% ../nbs/12_learner.ipynb #e7568a1b
 import warnings
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .callbacks import CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, TargetVariance
 from .data import SeededDL
-from .masking import PatchMask, make_mask
+from .masking import make_mask
 from .models import MaskedAutoencoder, Method, mim_model, plain
 from .viz import contact_sheet, fill_patches, from_stats, mask_for, model_input, reconstruction_parts, reconstruction_sheet, to_pil
 

@@ -82,7 +82,7 @@ def _draw_blocks(u, grid, min_area, max_area, aspect):
     top,left = (u[..., 2]*(H - h + 1)).long(), (u[..., 3]*(W - w + 1)).long()
     return top.minimum(H - h), left.minimum(W - w), h, w, fits
 
-# %% ../nbs/04_masking.ipynb #a8fd67a4
+# %% ../nbs/04_masking.ipynb #90a9ec45
 def block_mask(
     bs:int, # Masks to make
     grid:tuple, # Rows and columns of patches
@@ -99,7 +99,7 @@ def block_mask(
     H,W = grid
     mask = torch.zeros(bs, H, W, dtype=torch.bool, device=device)
     y,x = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
-    for i in range(rounds):
+    for _ in range(rounds):
         missing = n - mask.sum((1, 2))
         if mask.device.type == 'cpu' and not missing.any(): break   # elsewhere the question would cost more than the rounds
         limit = missing.clamp(max=int(max_area))

@@ -62,7 +62,7 @@ _choices = dict(teacher=('momentum', 'frozen', None), loss=('mse', 'smooth_l1'),
                 norm_features=('layer', 'token', False), positions=('hidden', 'all'), first=('row', 'column'),
                 init=('bootmae', 'mae'))
 
-# %% ../nbs/06_models.ipynb #81304e7b
+# %% ../nbs/06_models.ipynb #9cbfbe82
 def get_method(
     name:str|Method='bootmae', # 'bootmae', 'mae', 'dbot', or a row of one's own
     **ablations # Columns to replace, e.g. `pixel_inject=None`
@@ -81,7 +81,7 @@ def get_method(
         if getattr(row, k) not in ok: raise ValueError(f"{k}={getattr(row, k)!r} is unknown: choose one of {', '.join(map(repr, ok))}")
     if not row.targets or set(row.targets) - {'pixels', 'features'}:
         raise ValueError(f"targets={row.targets!r} is not a choice of 'pixels' and 'features': give e.g. ('pixels', 'features')")
-    row.masker
+    make_mask(row.mask, row.mask_ratio)                  # refuses what is no mask
     if 'features' in row.targets and not row.teacher: raise ValueError("features need a teacher: set teacher='momentum' or 'frozen', or targets=('pixels',)")
     return row if 'features' in row.targets else replace(row, teacher=None)
 

@@ -6,7 +6,7 @@
 __all__ = ['sincos_positions', 'Encoder', 'make_encoder', 'Attention', 'zero_key_bias_grads', 'DecoderBlock', 'Decoder',
            'init_weights']
 
-# %% ../nbs/05_vit.ipynb #4b3c3b51
+# %% ../nbs/05_vit.ipynb #302a3bc1
 import difflib
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import timm
 from timm.layers import DropPath, Mlp
 from timm.models.vision_transformer import VisionTransformer
-from .patches import grid_size, mask_order, pair, patchify, take
+from .patches import grid_size, pair, patchify, take
 
 # %% ../nbs/05_vit.ipynb #84d19c2a
 def sincos_positions(
