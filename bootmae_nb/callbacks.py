@@ -125,26 +125,27 @@ class FeatureWeight(Callback):
     def before_train(self): self.learn.loss_func.feature_weight = feature_weight(self.epoch, self.n_epoch) if self.weight is None else self.weight
     def before_validate(self): self.learn.loss_func.feature_weight = 1. if self.weight is None else self.weight
 
-# %% ../nbs/11_callbacks.ipynb #41a3261d
+# %% ../nbs/11_callbacks.ipynb #c859003f
 class LossPart(Metric):
     "Mean of one part of the loss, 'pixels' or 'features'"
     def __init__(self, part): self.part = part
     def reset(self): self.total,self.count = 0., 0
     def accumulate(self, learn):
-        self.total,self.count = self.total + learn.to_detach(learn.loss_func.parts[self.part])*len(learn.y), self.count + len(learn.y)
+        self.total,self.count = self.total + learn.to_detach(learn.loss_func.parts[self.part], cpu=False)*len(learn.y), self.count + len(learn.y)
     @property
-    def value(self): return self.total/self.count if self.count else None
+    def value(self): return float(self.total/self.count) if self.count else None
     @property
     def name(self): return self.part
 
-# %% ../nbs/11_callbacks.ipynb #42abbf5e
+# %% ../nbs/11_callbacks.ipynb #8a75461b
 class TargetVariance(LossPart):
     "Variance over images of the feature target: near 0 it has collapsed"
     def __init__(self): super().__init__('target_var')
     def accumulate(self, learn):
         mask,targ = plain(learn.y), learn.loss_func.targets['features'][0]
-        var = learn.to_detach(variance_over_images(targ[:, -int(mask[0].sum()):], mask))
-        if var == var: self.total,self.count = self.total + var*len(mask), self.count + len(mask)
+        if len(mask) < 2: return
+        var = learn.to_detach(variance_over_images(targ[:, -learn.xb[2]:], mask), cpu=False)
+        self.total,self.count = self.total + var*len(mask), self.count + len(mask)
 
 # %% ../nbs/11_callbacks.ipynb #905e7987
 class CPUBFloat16(Callback):

@@ -5,19 +5,24 @@
 # %% auto #0
 __all__ = ['plain_errors', 'bootmae_train', 'bootmae_reconstruct']
 
-# %% ../nbs/18_cli.ipynb #be212b0b
+# %% ../nbs/18_cli.ipynb #630adbf1
 import sys
+import warnings
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
 from fastcore.script import call_parse
 
-# %% ../nbs/18_cli.ipynb #5a28b9a9
+# %% ../nbs/18_cli.ipynb #55cc168e
 def plain_errors(f):
-    "Tell an expected error in one sentence and leave with status 2; an interrupt leaves with 130"
+    "Tell warnings and expected errors in a sentence; an error leaves with status 2, an interrupt with 130"
     @wraps(f)
     def _f(*args, **kwargs):
-        try: return f(*args, **kwargs)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')      # what libraries say to each other
+                warnings.showwarning = lambda text, *_, **__: print(f'warning: {text}', file=sys.stderr)
+                return f(*args, **kwargs)
         except (ValueError, TypeError, OSError) as e:
             print(f'{f.__name__}: {e}', file=sys.stderr); raise SystemExit(2) from e
         except KeyboardInterrupt as e: raise SystemExit(130) from e
@@ -50,7 +55,7 @@ def _assignments(texts):
         except (ValueError, SyntaxError): res[k] = v
     return res
 
-# %% ../nbs/18_cli.ipynb #edce59f8
+# %% ../nbs/18_cli.ipynb #18266ab5
 @call_parse
 @plain_errors
 def bootmae_train(
@@ -80,8 +85,6 @@ def bootmae_train(
     overwrite:bool=False, # Write over the model of an earlier run in the same folder
 ):
     "Pretrain a masked autoencoder on a folder of images"
-    import warnings
-    warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')      # what libraries say to each other
     from bootmae_nb.settings import load_settings, pick_device, pick_precision, pick_workers
     s = load_settings()
     device = pick_device(device or s.device)
@@ -123,22 +126,24 @@ def _announce(learn, arch, device, precision, out):
     print(f'{len(dls.train_ds)} training crops and {len(dls.valid_ds)} validation images in batches of {dls.train.bs}, on {device} in {precision}')
     print(f'writing to {out}', flush=True)
 
-# %% ../nbs/18_cli.ipynb #d02240a5
+# %% ../nbs/18_cli.ipynb #60cb0ad1
 class _PlainLog:
     "One line for each epoch, where there is no terminal to draw a progress bar in"
     def __init__(self, names): self.names = names
     def __call__(self, row):
-        if row[0] == 0: print('  '.join(f'{o:>10}' for o in self.names))
-        print('  '.join(f'{o:>10.4f}' if isinstance(o, float) else f'{o!s:>10}' for o in row), flush=True)
+        if row[0] == 0: print('  '.join(f'{o:>{max(8, len(o))}}' for o in self.names))
+        print('  '.join(f"{f'{o:.4f}' if isinstance(o, float) else str(o):>{max(8, len(n))}}" for n,o in zip(self.names, row)), flush=True)
 
-# %% ../nbs/18_cli.ipynb #9c580bd9
+# %% ../nbs/18_cli.ipynb #3df7851f
 def _fit(learn, epochs, lr, schedule):
     "Train, and return the losses by epoch as a table whose row 0 is before training"
     import time
     import pandas as pd
     from contextlib import nullcontext
-    names = ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)]
-    with learn.no_bar(): first = [None, *learn.validate()]
+    parts = ['loss', *(m.name for m in learn.metrics)]
+    names = [f'{kind}_{o}' for kind in ('train', 'valid') for o in parts]
+    with learn.no_bar(): first = [None]*len(parts) + [*learn.validate()]
+    learn.recorder.train_metrics = True
     if not sys.stdout.isatty(): learn.logger = _PlainLog(['epoch', *names, 'time'])
     start,done = time.perf_counter(), []
     with nullcontext() if sys.stdout.isatty() else learn.no_bar():
@@ -152,7 +157,7 @@ def _fit(learn, epochs, lr, schedule):
                          interrupted=bool(done))
     return history
 
-# %% ../nbs/18_cli.ipynb #899763bc
+# %% ../nbs/18_cli.ipynb #24582024
 def _write_run(learn, history, out, how):
     "Model, losses and their picture"
     from bootmae_nb.checkpoints import save_model, write_whole
@@ -160,11 +165,15 @@ def _write_run(learn, history, out, how):
     from fastai.torch_core import get_model
     write_whole(out/'history.csv', history.to_csv)
     parts = list(get_model(learn.model).decoders)
-    ax = plot_losses({k: history[k] for k in parts}, first=0)
+    ax = plot_losses({f'{k} ({name})': history[f'{kind}_{k}'] for k in parts for kind,name in dict(train='training', valid='validation').items()}, first=0)
     write_whole(out/'losses.png', lambda p: ax.figure.savefig(p, format='png', dpi=120))
     last = history.iloc[-1].to_dict()
     path = save_model(get_model(learn.model), out/'model', training=how | history.attrs, losses=last)
-    for k in parts: print(f'{k:9} loss on validation images: {history[k].iloc[0]:.3f} before, {history[k].iloc[-1]:.3f} after')
+    if len(history) > 1:
+        for k in parts:
+            train,valid = history[f'train_{k}'], history[f'valid_{k}']
+            print(f'{k:8} loss: training images {train.iloc[1]:.3f} in the first epoch, {train.iloc[-1]:.3f} in the last; '
+                  f'validation images {valid.iloc[0]:.3f} before training, {valid.iloc[-1]:.3f} after')
     print(f"{history.attrs['seconds']:.0f} s, {history.attrs['images_per_second']:.0f} images/s; model: {path}, losses: {out/'losses.png'}")
     if 'pixels' in parts: print(f"pictures after each epoch: {out/'reconstructions'}")
 

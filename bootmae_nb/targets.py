@@ -33,11 +33,11 @@ def norm_feature(
     var,mean = torch.var_mean(x, -1, keepdim=True)
     return (x - mean)/(var + 1e-6).sqrt()
 
-# %% ../nbs/07_targets.ipynb #7ea9d8d8
+# %% ../nbs/07_targets.ipynb #3a150214
 def variance_over_images(
     targ:Tensor, # Targets of the hidden patches `(B, M, D)`
     mask:Tensor, # `(B, L)`, boolean, `True` = hidden
-) -> Tensor: # A number; NaN where no patch is hidden in two images
+) -> Tensor: # A number; 0 where no patch is hidden in two images
     "Variance over the images of a batch at the same place, averaged over places: near 0 the target has collapsed"
     hidden = mask_order(mask, targ.shape[1])[1]
     n = mask.sum(0)[:, None]
@@ -45,7 +45,7 @@ def variance_over_images(
     mean = every.sum(0)/n.clamp(min=1)
     var = ((every - mean).square()*mask[..., None]).sum(0)/(n - 1).clamp(min=1)
     enough = (n[:, 0] > 1).float()
-    return (var.mean(1)*enough).sum()/enough.sum()
+    return (var.mean(1)*enough).sum()/enough.sum().clamp(min=1)
 
 # %% ../nbs/07_targets.ipynb #102d95ad
 @torch.no_grad()

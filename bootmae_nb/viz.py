@@ -185,9 +185,9 @@ def reconstruct(
     try: return reconstruction_sheet(model.eval(), images, mask_for(model, mask, len(images), seed), None, put_back, height)
     finally: model.train(was)
 
-# %% ../nbs/10_viz.ipynb #a84e8073
+# %% ../nbs/10_viz.ipynb #f4868015
 def plot_losses(
-    history:dict, # Name -> values by epoch, e.g. `{'pixels': [...], 'features': [...]}`; `None` and NaN are left out
+    history:dict, # Name -> values by epoch; names that begin alike share a colour, 'validation' is dashed; `None` and NaN are left out
     ax=None, # A matplotlib axis; `None` makes a figure
     first:int=1, # Epoch of the first value
 ): # The axis
@@ -195,10 +195,13 @@ def plot_losses(
     if ax is None:
         from matplotlib.figure import Figure
         ax = Figure(figsize=(6, 3), layout='constrained').subplots()
+    colour = {}
     for name,values in history.items():
         kept = [(i, float(v)) for i,v in enumerate(values, first) if v is not None and v == v]
         if not kept: continue
-        line, = ax.plot(*zip(*kept), marker='o', markersize=3, label=name)
-        ax.annotate(f' {kept[-1][1]:.3g}', kept[-1], color=line.get_color(), fontsize=8, va='center')
+        part = name.split()[0]
+        line, = ax.plot(*zip(*kept), '--' if 'validation' in name else '-', color=colour.get(part), marker='.', label=name)
+        colour[part] = line.get_color()
+        ax.annotate(f' {kept[-1][1]:.3g}', kept[-1], color=colour[part], fontsize=8, va='center')
     ax.set(xlabel='epoch', ylabel='loss'); ax.legend(frameon=False); ax.spines[['top', 'right']].set_visible(False)
     return ax

@@ -1,0 +1,147 @@
+"""The commands as a user runs them, in processes of their own."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bootmae_nb import cli
+from bootmae_nb.checkpoints import load_model
+from bootmae_nb.images import sample_photo, sample_photos
+
+bin = Path(sys.executable).parent
+small = ['--arch', 'vit_tiny_patch16_224', '--img-size', '32x48', '--patch-size', '8', '--bs', '4', '--set', 'width=48', 'depth=2', 'heads=3', 'pixel_width=48']
+env = dict(os.environ, BOOTMAE_DEVICE='cpu', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning')
+
+
+def run(*args, **kw):
+    "A finished command"
+    return subprocess.run([bin/args[0], *map(str, args[1:])], capture_output=True, text=True, timeout=300, env=env, **kw)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Six photographs in nested folders, and a file that is none"
+    root = tmp_path_factory.mktemp('images')
+    for i,p in enumerate(sample_photos()[:6]):
+        (root/f'{i % 2}'/'deep').mkdir(parents=True, exist_ok=True)
+        sample_photo(p.name).resize((96, 64)).save(root/f'{i % 2}'/'deep'/f'{p.name}.jpg')
+    (root/'broken.png').write_text('<html>not found</html>')
+    return root
+
+
+@pytest.fixture(scope='module')
+def trained(folder, tmp_path_factory):
+    "A short run on that folder: its output folder and what it printed"
+    out = tmp_path_factory.mktemp('runs')/'first'
+    done = run('bootmae-train', folder, *small, '--epochs', 3, '--crops', 4, '--lr', 1e-3, '--out', out, '--seed', 3)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+@pytest.mark.parametrize('command', ['bootmae-train', 'bootmae-reconstruct'])
+def test_help_answers_at_once(command):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter(); done = run(command, '--help')
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0 and 'usage:' in done.stdout and '--out' in done.stdout
+    assert min(times) < 2, times
+
+
+def test_a_run_leaves_model_losses_and_pictures(trained):
+    out,done = trained
+    assert sorted(p.name for p in out.iterdir()) == ['history.csv', 'losses.png', 'model.json', 'model.safetensors', 'reconstructions']
+    assert [p.name for p in sorted((out/'reconstructions').iterdir())] == [f'epoch_{i:04}.png' for i in (1, 2, 3)]
+    rows = list(csv.DictReader((out/'history.csv').open()))
+    assert len(rows) == 4 and float(rows[-1]['valid_pixels']) < float(rows[0]['valid_pixels']) and rows[0]['train_loss'] == '' and float(rows[3]['train_features']) > 0
+    about = json.loads((out/'model.json').read_text())
+    assert about['training']['seed'] == 3 and about['config']['method']['pixel_width'] == 48 and about['config']['depth'] == 2
+    for p in (out/'losses.png', out/'reconstructions'/'epoch_0003.png'): Image.open(p).verify()
+    assert 'broken.png' in done.stderr and '\r' not in done.stdout
+
+
+def test_the_same_command_gives_the_same_weights(trained, folder, tmp_path):
+    done = run('bootmae-train', folder, *small, '--epochs', 3, '--crops', 4, '--lr', 1e-3, '--out', tmp_path/'again', '--seed', 3)
+    assert done.returncode == 0
+    a,b = (load_model(o).state_dict() for o in (trained[0], tmp_path/'again'))
+    assert all(torch.equal(v, b[k]) for k,v in a.items())
+
+
+def test_reconstruct_writes_a_picture_for_each_image(trained, folder, tmp_path):
+    one = folder/'0'/'deep'
+    done = run('bootmae-reconstruct', trained[0], one, next(one.iterdir()), '--out', tmp_path/'p', '--mask', 'random', '--mask-ratio', '0.5')
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in (tmp_path/'p').iterdir())
+    assert len(names) == 5 and 'sheet.png' in names and any(n.endswith('_2.png') for n in names)
+    for p in (tmp_path/'p').iterdir(): assert Image.open(p).width > 600
+
+
+@pytest.mark.parametrize('args,says', [
+    (['/no/such/folder'], '/no/such/folder'),
+    (['photos', '--method', 'simmim'], "method 'simmim' is unknown: choose one of bootmae, mae, dbot"),
+    (['photos', '--mask-ratio', '1.5'], 'mask ratio 1.5 is outside (0, 1)'),
+    (['photos', '--img-size', '100'], 'not divisible by the patch size 16 x 16'),
+    (['photos', '--img-size', 'big'], "image size 'big' is not understood"),
+    (['photos', '--set', 'pixel_dept=3'], 'did you mean pixel_depth?'),
+    (['photos', '--in-chans', '2'], 'in_chans'),
+    (['photos', '--device', 'cuda:9'], 'device'),
+    (['photos', '--precision', 'fp16'], 'fp16 is not supported on a CPU'),
+    (['photos', '--epochs', '0'], 'epochs 0 is below 1')])
+def test_errors_are_one_sentence(args, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['bootmae-train', *args, '--arch', 'vit_tiny_patch16_224', '--out', str(tmp_path/'o')])
+    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu')
+    with pytest.raises(SystemExit) as e: parse_and_run()
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and says in text and len(text.strip().splitlines()) == 1
+    assert not (tmp_path/'o').exists()
+
+
+def parse_and_run():
+    "What the console script does, in this process, which has imported everything already"
+    from fastcore.script import parse_cli
+    args,kwargs,_ = parse_cli(cli.bootmae_train)
+    return cli.bootmae_train(*args, **kwargs)
+
+
+def test_an_error_leaves_with_status_2():
+    done = run('bootmae-train', '/no/such/folder')
+    assert done.returncode == 2 and '/no/such/folder' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_an_earlier_model_is_not_written_over(trained):
+    before = (trained[0]/'model.safetensors').read_bytes()
+    done = run('bootmae-train', 'photos', *small, '--out', trained[0])
+    assert done.returncode == 2 and '--overwrite' in done.stderr
+    assert (trained[0]/'model.safetensors').read_bytes() == before
+
+
+def test_an_interrupt_keeps_what_was_learnt(folder, tmp_path):
+    out = tmp_path/'cut'
+    p = subprocess.Popen([bin/'bootmae-train', folder, *small, '--epochs', '500', '--out', out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    while not (out/'reconstructions'/'epoch_0001.png').exists(): assert p.poll() is None, p.stderr.read(); time.sleep(.1)
+    p.send_signal(signal.SIGINT)
+    text,_ = p.communicate(timeout=60)
+    assert p.returncode == 0 and 'interrupted' in text
+    assert json.loads((out/'model.json').read_text())['training']['interrupted'] is True
+    load_model(out)
+
+
+def test_a_checkpoint_loads_and_draws_without_fastai(trained):
+    code = f"""
+import sys
+from bootmae_nb import cli
+from bootmae_nb.checkpoints import load_model
+from bootmae_nb.images import sample_photo
+from bootmae_nb.viz import reconstruct
+reconstruct(load_model({str(trained[0])!r}), sample_photo('coffee'))
+assert not [m for m in sys.modules if m.split('.')[0] in ('fastai', 'gradio')]"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
