@@ -130,6 +130,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bootmae_nb.cli._free': ('cli.html#_free', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._named_images': ('cli.html#_named_images', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._run_folder': ('cli.html#_run_folder', 'bootmae_nb/cli.py'),
+                                'bootmae_nb.cli._say': ('cli.html#_say', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._size': ('cli.html#_size', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._write_run': ('cli.html#_write_run', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli.bootmae_reconstruct': ('cli.html#bootmae_reconstruct', 'bootmae_nb/cli.py'),

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Annotated
 from fastcore.script import call_parse
 
-# %% ../nbs/18_cli.ipynb #55cc168e
+# %% ../nbs/18_cli.ipynb #fbcb181e
+def _say(text, category, *_, **__):
+    "Show a warning to users, which is not one to developers, as a sentence"
+    if issubclass(category, UserWarning): print(f'warning: {text}', file=sys.stderr)
+
 def plain_errors(f):
     "Tell warnings and expected errors in a sentence; an error leaves with status 2, an interrupt with 130"
     @wraps(f)
     def _f(*args, **kwargs):
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')      # what libraries say to each other
-                warnings.showwarning = lambda text, *_, **__: print(f'warning: {text}', file=sys.stderr)
+                warnings.showwarning = _say
                 return f(*args, **kwargs)
         except (ValueError, TypeError, OSError) as e:
             print(f'{f.__name__}: {e}', file=sys.stderr); raise SystemExit(2) from e
