@@ -134,7 +134,7 @@ def reconstruction_parts(
     return {'image': original, 'masked input': fill_patches(original, mask, .5, size),
             'prediction (normalised, raw)' if raw else 'prediction': fill_patches(pred, ~mask, .5, size), 'pasted in': pred}
 
-# %% ../nbs/10_viz.ipynb #d1d390ef
+# %% ../nbs/10_viz.ipynb #c92325c2
 def contact_sheet(
     rows:list, # Rows of PIL images
     titles:list=(), # One for each column
@@ -152,7 +152,7 @@ def contact_sheet(
     sheet = Image.new('RGB', (sum(cols) + gap*(len(cols) + 1), top + gap + sum(max(im.height for im in r) + gap for r in rows)), 'white')
     draw,y = ImageDraw.Draw(sheet), top + gap
     for r in rows:
-        for im,x in zip(r, np.cumsum([gap, *(c + gap for c in cols)])): sheet.paste(im, (int(x), y))
+        for im,x,c in zip(r, np.cumsum([gap, *(c + gap for c in cols)]), cols): sheet.paste(im, (int(x) + (c - im.width)//2, y))
         y += max(im.height for im in r) + gap
     for t,x,c in zip(titles, np.cumsum([gap, *(c + gap for c in cols)]), cols): draw.text((int(x) + c/2, 14), t, 'black', font, anchor='mm')
     return sheet
