@@ -180,7 +180,7 @@ def _write_run(learn, history, out, how):
     print(f"{history.attrs['seconds']:.0f} s, {history.attrs['images_per_second']:.0f} images/s; model: {path}, losses: {out/'losses.png'}")
     if 'pixels' in parts: print(f"pictures after each epoch: {out/'reconstructions'}")
 
-# %% ../nbs/18_cli.ipynb #5a16660e
+# %% ../nbs/18_cli.ipynb #b1dd52b2
 @call_parse
 @plain_errors
 def bootmae_reconstruct(
@@ -208,7 +208,9 @@ def bootmae_reconstruct(
         write_whole(Path(out)/f'{name}.png', lambda p, name=name: rows[name].save(p, format='png'))
         print(Path(out)/f'{name}.png', flush=True)
     if len(rows) > 1:
-        sheet = write_whole(Path(out)/'sheet.png', lambda p: contact_sheet([[o] for o in list(rows.values())[:12]], height=next(iter(rows.values())).height, gap=0).save(p, format='png'))
+        first = list(rows.values())[:12]
+        pic = contact_sheet([[o] for o in first], height=first[0].height, gap=0)
+        sheet = write_whole(Path(out)/'sheet.png', lambda p: pic.save(p, format='png'))
         print(f"{sheet}: {'all' if len(rows) <= 12 else 'the first 12'} on one sheet")
 
 # %% ../nbs/18_cli.ipynb #40c68094
