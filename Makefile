@@ -7,7 +7,7 @@ BIN := .venv/bin
 # The demo: a small BootMAE on the photographs that come with the installed packages, two of them kept for validation; about four minutes on two cores
 DEMO_OUT ?= runs/demo
 DEMO_FLAGS ?= --arch vit_tiny_patch16_224 --method bootmae --img-size 64 --patch-size 8 --set width=128 depth=4 heads=4 pixel_width=128 \
-  --epochs 30 --crops 64 --min-scale 0.9 --valid-pct 0.2 --bs 8 --lr 2e-3 --clip 1 --precision fp32 --seed 42 --overwrite
+  --epochs 25 --crops 64 --min-scale 0.9 --valid-pct 0.2 --bs 8 --lr 2e-3 --clip 1 --precision fp32 --seed 42 --overwrite
 DEMO_IMAGES ?= photos
 
 # Without byte code every start compiles fastai anew, for some 15 seconds
