@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['token_loss', 'mim_targets', 'mim_losses', 'mim_loss']
 
-# %% ../nbs/08_losses.ipynb #f69ac031
+# %% ../nbs/08_losses.ipynb #3bfd801a
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .masking import weight_map as make_weight_map
 from .models import MaskedAutoencoder, Method, methods, plain
 from .patches import mask_order, take
-from .targets import norm_feature, pixel_target
+from .targets import feature_target, norm_feature, pixel_target
 
 # %% ../nbs/08_losses.ipynb #c64b6b06
 def token_loss(
@@ -33,7 +33,7 @@ def _norm(row, key, given):
     if given is None: return getattr(row, key)
     return getattr(methods.get(row.name, Method()), key) if given is True else given
 
-# %% ../nbs/08_losses.ipynb #c3c1c0c1
+# %% ../nbs/08_losses.ipynb #a38385f7
 @torch.no_grad()
 def mim_targets(
     model:MaskedAutoencoder, # Says what is predicted, and holds the teacher
@@ -57,10 +57,10 @@ def mim_targets(
         cls = model.decoders['features'].with_cls
         idx = torch.cat([torch.zeros_like(hidden[:, :1]), hidden + 1], 1) if cls else hidden
         w = F.pad(weight, (1, 0), value=1.) if cls and weight is not None else weight
-        res['features'] = norm_feature(take(model.teacher_features(images), idx), _norm(row, 'norm_features', norm_features)), w
+        res['features'] = feature_target(take(model.teacher_features(images), idx), row, _norm(row, 'norm_features', norm_features)), w
     return res
 
-# %% ../nbs/08_losses.ipynb #149bf2bc
+# %% ../nbs/08_losses.ipynb #feefc8e3
 def mim_losses(
     method:Method, # Says which loss
     out:dict, # What the model predicted for the hidden patches
@@ -69,7 +69,7 @@ def mim_losses(
 ) -> dict: # 'pixels' and / or 'features' -> `(B,)`, the loss of each image
     "The loss of each decoder"
     if 'features' in out and _norm(method, 'norm_features', norm_features) == 'layer':
-        out = out | dict(features=norm_feature(out['features']))
+        out = out | dict(features=norm_feature(out['features'], 'layer', method.n_parts))
     return {k: token_loss(out[k], targ, method.loss, w) for k,(targ,w) in targets.items()}
 
 # %% ../nbs/08_losses.ipynb #5a174e08
