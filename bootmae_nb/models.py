@@ -104,7 +104,7 @@ def get_method(
         raise ValueError(f"teacher_depth={row.teacher_depth} is for a frozen teacher with random weights, but teacher={row.teacher!r}: set teacher='frozen'")
     return row if 'features' in row.targets else replace(row, teacher=None)
 
-# %% ../nbs/06_models.ipynb #b2dcb465
+# %% ../nbs/06_models.ipynb #42d70deb
 class MaskedAutoencoder(nn.Module):
     "Encoder on the visible patches, decoders that predict the hidden ones, and a teacher that makes the feature target"
     def __init__(self,
@@ -148,7 +148,7 @@ class MaskedAutoencoder(nn.Module):
         all_tokens:bool=False, # Predict every patch, not the hidden ones only
     ) -> dict: # 'pixels' `(B, M, P)`, 'features' `(B, M, D)`; `L` for `M` with `all_tokens`; the class token first if it is predicted
         "Predictions for the hidden (or all) patches, in raster order"
-        if not self.decoders: raise RuntimeError("encoder only: no reconstruction possible, as there is no decoder. Use model.encoder, or load a checkpoint of pretraining")
+        if not self.decoders: raise RuntimeError("encoder only: no reconstruction possible. Use model.encoder, or load a checkpoint that has decoders")
         images,mask = plain(images), plain(mask)
         self._check(images, mask)
         visible,hidden = mask_order(mask, n_hidden)
@@ -214,13 +214,13 @@ def _decoder(enc, row, kind, teacher_dim):
     return Decoder(enc.dim, out, enc.grid, get('width') or enc.dim, get('depth'), get('heads') or enc.heads, inject, row.positions, row.first,
                    kind == 'features' and row.with_cls, row.drop_path)
 
-# %% ../nbs/06_models.ipynb #22259744
+# %% ../nbs/06_models.ipynb #27b9cb6c
 def _copied_teacher(enc, row):
     "The first teacher that a row asks for: a copy of the encoder or of its first blocks"
     teacher = copy.deepcopy(enc).requires_grad_(False).eval()
     if row.teacher_depth is None: return teacher
     if not 0 <= row.teacher_depth <= enc.depth:
-        raise ValueError(f"teacher_depth={row.teacher_depth} is outside 0 to {enc.depth}, the encoder's blocks: for a deeper teacher give a model, teacher=make_encoder(…)")
+        raise ValueError(f"teacher_depth={row.teacher_depth} is outside 0 to {enc.depth}, the encoder's blocks: for a deeper one give teacher=make_encoder(…)")
     teacher.vit.blocks = teacher.vit.blocks[:row.teacher_depth]
     return teacher
 
@@ -289,11 +289,12 @@ def mim_model(
     model.config = dict(size, mlp_ratio=mlp_ratio, classifier=classifier, teacher=about, method=asdict(row))
     return model
 
-# %% ../nbs/06_models.ipynb #daa55a76
+# %% ../nbs/06_models.ipynb #72d48596
 def _teacher_dim(row, enc, teacher):
     "Width of the feature target of one block"
     if row.teacher != 'external': return enc.dim
-    if teacher is None and row.feature_dim is None: raise ValueError("teacher='external' without a teacher: give a model, teacher=…, or the width that it will have, feature_dim=…")
+    if teacher is None and row.feature_dim is None:
+        raise ValueError("teacher='external' without a teacher: give a model, teacher=…, or the width that it will have, feature_dim=…")
     return row.feature_dim if teacher is None else teacher.dim
 
 # %% ../nbs/06_models.ipynb #df0dd460
@@ -420,7 +421,7 @@ def _target_words(model, kind):
         what = f"teacher's {blocks}{how}{' with cls' if model.decoders[kind].with_cls else ''}, {_norm_words(row, kind)}"
     return f"{what}; {dict(mse='squared error', smooth_l1='smooth L1 (beta 2)')[row.loss]}{', weighted' if row.weighted else ''}"
 
-# %% ../nbs/06_models.ipynb #103da6dd
+# %% ../nbs/06_models.ipynb #04b41586
 def _decoder_words(d):
     attends = '' if d.inject is None else ', attends to the last encoder block' if d.inject == -1 else f', attends to encoder block {d.inject}'
     return f"{len(d.blocks)} blocks of width {d.embed.out_features}, {d.blocks[0].attn.heads if len(d.blocks) else 0} heads{attends}, positions on {d.positions} tokens"
@@ -428,10 +429,10 @@ def _decoder_words(d):
 def _teacher_words(model):
     if model.teacher is None: return model.method.teacher and 'external, not there yet'
     t,about = model.teacher, model.config.get('teacher')
-    name = {'momentum': 'moving average of the encoder', 'frozen': 'frozen copy of an encoder'}.get(model.method.teacher) or f"{(about or {}).get('timm', {}).get('model_name')}, frozen"
+    name = {'momentum': 'moving average of the encoder', 'frozen': 'frozen copy of an encoder'}.get(model.method.teacher) or f"{about['timm']['model_name']}, frozen"
     return f"{name}: {t.depth} blocks of width {t.dim}, sees all patches"
 
-# %% ../nbs/06_models.ipynb #efd9f5ed
+# %% ../nbs/06_models.ipynb #b6845929
 def model_facts(
     model:MaskedAutoencoder, # A model
 ) -> list: # Rows of part, what it is, parameters, operations (`None` where there are none)
@@ -439,9 +440,11 @@ def model_facts(
     e,L = model.encoder, model.grid[0]*model.grid[1]
     flops,size = count_flops(model), lambda m: sum(p.numel() for p in m.parameters())
     sees = f"sees {L - model.method.masker.n_hidden(model.grid)} of {L} patches ({model.method.mask} mask)" if model.decoders else f'sees all {L} patches'
-    rows = [('encoder', f"{model.config.get('arch', 'ViT')}: {e.depth} blocks of width {e.dim}, {e.heads} heads, {e.img_size[0]} x {e.img_size[1]} px, {sees}", size(e), flops['encoder'])]
+    what = f"{model.config.get('arch', 'ViT')}: {e.depth} blocks of width {e.dim}, {e.heads} heads, {e.img_size[0]} x {e.img_size[1]} px, {sees}"
+    rows = [('encoder', what, size(e), flops['encoder'])]
     for k,d in model.decoders.items(): rows += [(f'{k} decoder', _decoder_words(d), size(d), flops[k]), (f'{k} target', _target_words(model, k), None, None)]
-    if model.method.teacher: rows.append(('teacher', _teacher_words(model), size(model.teacher) if model.teacher is not None else None, flops.get('teacher')))
+    t = model.teacher
+    if model.method.teacher: rows.append(('teacher', _teacher_words(model), size(t) if t is not None else None, flops.get('teacher')))
     return rows
 
 # %% ../nbs/06_models.ipynb #8e0ae46f

@@ -172,13 +172,14 @@ def own_seed(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed); yield
 
-# %% ../nbs/05_vit.ipynb #9c0271ed
+# %% ../nbs/05_vit.ipynb #e01f990b
 def timm_config(
     vit:nn.Module, # A timm model of the ViT family
 ) -> dict: # Keyword arguments of `timm.create_model`
     "How timm makes a model of this shape"
     arch,pe = (getattr(vit, 'pretrained_cfg', None) or {}).get('architecture'), vit.patch_embed
-    if not arch or not timm.is_model(arch): raise ValueError(f"a {type(vit).__name__} without the name of a timm architecture cannot be made again from a checkpoint: make it with timm.create_model")
+    if not arch or not timm.is_model(arch):
+        raise ValueError(f"a {type(vit).__name__} without the name of a timm architecture cannot be made again from a checkpoint: make it with timm.create_model")
     base = dict(model_name=arch, img_size=list(pe.img_size), in_chans=pe.proj.in_channels, num_classes=0)
     sized = base | dict(patch_size=pe.patch_size[0], embed_dim=vit.embed_dim, depth=len(vit.blocks), num_heads=vit.blocks[0].attn.num_heads if len(vit.blocks) else 1)
     if len(vit.blocks): sized['mlp_ratio'] = vit.blocks[0].mlp.fc1.out_features/vit.embed_dim
