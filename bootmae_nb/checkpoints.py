@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'write_whole', 'tensor_digest', 'save_model', 'file_digest', 'load_model', 'authors_to_ours',
-           'to_authors', 'read_weights', 'LoadReport', 'guess_layout', 'from_authors', 'load_teacher', 'load_weights',
-           'from_timm', 'to_timm']
+           'to_authors', 'read_file', 'read_weights', 'LoadReport', 'guess_layout', 'misfit', 'from_authors',
+           'load_teacher', 'load_weights', 'from_timm', 'to_timm']
 
 # %% ../nbs/09_checkpoints.ipynb #5d0965c8
 import argparse, copy, hashlib, json, os, zipfile
@@ -152,7 +152,7 @@ def authors_to_ours(
         res['decoders.features.pos_embed'] = res['encoder.vit.pos_embed']        # the predictor has the encoder's width and positions
     return res
 
-# %% ../nbs/09_checkpoints.ipynb #4987ba49
+# %% ../nbs/09_checkpoints.ipynb #ba206a77
 def to_authors(
     model:MaskedAutoencoder, # A model of one of the three methods
     decoders:bool=True, # With the decoders; False = the encoder alone
@@ -167,7 +167,7 @@ def to_authors(
         if method == 'bootmae' and k == 'decoders.pixels.head.bias':
             v = v.reshape(-1, model.in_chans)
             if not v.eq(v[0]).all():
-                raise ValueError("the pixel head has a bias for each value, but BootMAE's layout one for each channel: to_authors(model, decoders=False) gives the encoder")
+                raise ValueError("the pixel head has a bias for each value, BootMAE's layout one for each channel: to_authors(model, decoders=False) gives the encoder")
             v = v[0]
         if method == 'bootmae' and k.endswith(('.qkv.bias', '.kv.bias')):
             n,base = (3, name.removesuffix('qkv.bias')) if k.endswith('.qkv.bias') else (2, name.removesuffix('kv.bias'))
@@ -194,25 +194,28 @@ def _check_whole(path):
         return                                                                        # the format of torch before 1.6 has no checksums
     if bad: raise CheckpointError(f"{path} is damaged: the checksum of {bad} does not agree. Fetch it again")
 
-# %% ../nbs/09_checkpoints.ipynb #51f7751d
-def _read_file(path):
-    "What is in a file of weights; the pickled `args` of the authors' files are the one class allowed beside tensors"
+# %% ../nbs/09_checkpoints.ipynb #5c8bd55c
+def read_file(
+    path:Path, # A .safetensors, .pth or .pt file
+    allow:tuple=(), # Classes that may be pickled in it, beside tensors and the Namespace in which the authors keep their settings
+) -> dict: # What is in it
+    "Read a file of weights without running anything in it"
     if not path.is_file(): raise CheckpointError(f"{path} is not there: give the path of a file of weights")
     _check_whole(path)
     if path.suffix == '.safetensors': return _read_safetensors(path)[0]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]): res = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace, *allow]): res = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:                                            # what a damaged pickle can raise has no end
         raise CheckpointError(f"{path} cannot be read safely as torch weights ({_first_line(e)}): it is damaged, or holds more than tensors") from e
     if not isinstance(res, dict): raise CheckpointError(f"{path} holds a {type(res).__name__}, not a dict of weights")
     return res
 
-# %% ../nbs/09_checkpoints.ipynb #504c9829
+# %% ../nbs/09_checkpoints.ipynb #e00b9e06
 def read_weights(
     weights:str|Path|dict, # A file (.safetensors, or .pth / .pt read without unpickling code), or what is in one
 ) -> dict: # 'model' -> state dict, 'teacher' -> state dict if there is one, 'rest' -> names of what else is in the file
     "The state dicts in a file of weights"
-    if not isinstance(weights, dict): weights = _read_file(Path(weights))
+    if not isinstance(weights, dict): weights = read_file(Path(weights))
     nested = {k: v for k,v in weights.items() if isinstance(v, dict)}
     split = lambda *names: next((nested[n] for n in names if n in nested), None) or {
         k.removeprefix(f'{n}.'): v for n in names for k,v in weights.items() if k.startswith(f'{n}.')}
@@ -273,9 +276,12 @@ def guess_layout(
     if {'decode_blocks', 'decode_blocks_1'} & heads or any(k.endswith('.q_bias') for k in state): return 'bootmae'
     return 'dbot' if 'decoder_predp' in heads else 'mae' if 'decoder_pred' in heads else 'timm'
 
-# %% ../nbs/09_checkpoints.ipynb #1083718a
-def _misfit(own, state):
-    "What keeps `state` from being all of `own`, in words; '' if nothing does"
+# %% ../nbs/09_checkpoints.ipynb #32b08ac3
+def misfit(
+    own:dict, # State dict of a model
+    state:dict, # State dict of a file
+) -> str: # What is missing, unknown or misshapen; '' if nothing is
+    "What keeps one state dict from being loaded into another, in words"
     wrong = dict(missing=own.keys() - state.keys(), unknown=state.keys() - own.keys(),
                  misshapen={k for k in own.keys() & state.keys() if own[k].shape != state[k].shape})
     tell = lambda o, name: f"{len(o)} {name} ({', '.join(sorted(o)[:3])}{', …' if len(o) > 3 else ''})"
@@ -286,11 +292,11 @@ def _encoder_part(state): return {k.removeprefix('encoder.'): v for k,v in state
 def _load_exactly(model, state, what):
     "Load everything but the teacher, or say what does not fit and change nothing"
     own = {k: v for k,v in model.state_dict().items() if not k.startswith('teacher.')}
-    wrong = _misfit(own, state)
+    wrong = misfit(own, state)
     if wrong: raise CheckpointError(f"{what} does not fit a {model.method.name} model: {wrong}")
     model.load_state_dict(state, strict=False)
 
-# %% ../nbs/09_checkpoints.ipynb #0ef5e63b
+# %% ../nbs/09_checkpoints.ipynb #4ce70e3e
 def from_authors(
     weights:str|Path|dict, # A file of the authors, pretraining or fine-tuned, or its content: a dict with `model` (and `model_ema`), or a state dict
     method:str, # 'bootmae', 'mae' or 'dbot'
@@ -314,7 +320,7 @@ def from_authors(
     seen = _teacher_of(parts, teacher, method, num_heads, size['width']) if width else None
     dim = getattr(getattr(getattr(seen, 'encoder', seen), 'vit', seen), 'embed_dim', width)
     if dim != width: raise CheckpointError(f"{what} predicts features of width {width}, but the teacher given has {dim}: it was trained with another one")
-    alike = isinstance(seen, MaskedAutoencoder) and seen.method.mean == methods[method].mean and not _misfit(seen.encoder.state_dict(), _encoder_part(ours))
+    alike = isinstance(seen, MaskedAutoencoder) and seen.method.mean == methods[method].mean and not misfit(seen.encoder.state_dict(), _encoder_part(ours))
     if seen is not None and not alike: rows['teacher'] = seen
     elif seen is None and width not in (None, size['width']): rows |= dict(teacher='external', feature_dim=width)
     model = mim_model(method, **size, **rows, seed=0)
@@ -388,7 +394,7 @@ def _pretrained(name, grid=None, **kw):
         raise CheckpointError(f"{name} cannot be had from timm ({_first_line(e)}). Without a network: fetch its weights where there is one, "
                               "and give timm.create_model(name, checkpoint_path=file)") from e
 
-# %% ../nbs/09_checkpoints.ipynb #357851ef
+# %% ../nbs/09_checkpoints.ipynb #9f302003
 def load_weights(
     model:MaskedAutoencoder, # Changed in place, or not at all
     weights:str|Path|dict, # A file of ours, of the authors, or of timm; or its content
@@ -409,7 +415,7 @@ def load_weights(
     want = {k: v for k,v in own.items() if k.startswith('encoder.') or k.split('.')[1] in kinds}
     lost = [k for k in want if _part_of(k) == 'norm' and k not in ours]                     # a fine-tuned file has none
     spare = [k for k in ours if k not in own and _part_of(k) in ('fc_norm', 'head', 'attn_pool', 'decoders') or k in own and k not in want]
-    wrong = _misfit({k: v for k,v in want.items() if k not in lost}, {k: v for k,v in ours.items() if k not in spare})
+    wrong = misfit({k: v for k,v in want.items() if k not in lost}, {k: v for k,v in ours.items() if k not in spare})
     if wrong: raise CheckpointError(f"{what} does not fit this {model.method.name} model: {wrong}. Nothing was loaded")
     new = model.state_dict() | {k: ours[k] for k in want if k not in lost}
     seen = _new_teacher(model, parts.get('teacher', {}) if layout == 'bootmae_nb' else _encoder_part(rename(parts.get('teacher', {}))), new)
@@ -420,13 +426,13 @@ def load_weights(
     model.report = LoadReport(what, layout, [k for k in state if k not in ignored and not k.startswith('teacher.')], ignored + parts['rest'], missing)
     return model.report
 
-# %% ../nbs/09_checkpoints.ipynb #384c64e8
+# %% ../nbs/09_checkpoints.ipynb #7e2384e2
 def _part_of(key): return key.removeprefix('encoder.vit.').split('.')[0]
 
 def _new_teacher(model, given, new):
     "Tensors for the teacher: those given if they fit; else a momentum teacher starts as a copy of the encoder; others stay"
     if model.teacher is None: return {}
-    if given and not _misfit(model.teacher.state_dict(), given): return {f'teacher.{k}': v for k,v in given.items()}
+    if given and not misfit(model.teacher.state_dict(), given): return {f'teacher.{k}': v for k,v in given.items()}
     return {f"teacher.{k.removeprefix('encoder.')}": v for k,v in new.items() if k.startswith('encoder.')} if model.method.teacher == 'momentum' else {}
 
 def _resampled(ours, own, model):

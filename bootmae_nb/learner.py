@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['decay_groups', 'DecayGroups', 'MimLearner', 'prepare_dls', 'mim_learner']
 
-# %% ../nbs/13_learner.ipynb #e7568a1b
+# %% ../nbs/13_learner.ipynb #806d92a9
 import warnings
 from functools import partial
 from pathlib import Path
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -18,12 +19,15 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
+from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .callbacks import CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, TargetVariance
+from .callbacks import CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, StagedTeacher, TargetVariance
+from .checkpoints import CheckpointError, from_timm, load_teacher, load_weights, misfit, read_file
 from .data import SeededDL
 from .masking import make_mask
-from .models import MaskedAutoencoder, Method, mim_model, plain
+from .models import MaskedAutoencoder, Method, evaluating, mim_model, plain, teach_self
+from .vit import make_encoder, own_seed
 from .viz import contact_sheet, fill_patches, from_stats, mask_for, model_input, reconstruction_parts, reconstruction_sheet, to_pil
 
 # %% ../nbs/13_learner.ipynb #4752d723
@@ -96,7 +100,7 @@ def _image_shape(dls):
     if x.ndim != 4: raise ValueError(f"the loader's batches have the shape {tuple(x.shape)}: expected images (B, C, H, W)")
     return x.shape[1], tuple(x.shape[2:])
 
-# %% ../nbs/13_learner.ipynb #1ec160c7
+# %% ../nbs/13_learner.ipynb #aee585d8
 def mim_learner(
     dls:DataLoaders, # Images, e.g. of `mim_dls`; labels are ignored
     arch:str|MaskedAutoencoder='vit_base_patch16_224', # A plain ViT of timm, or a model made before
@@ -111,6 +115,7 @@ def mim_learner(
     ema_dynamic:bool=True, # BootMAE's EMA schedule goes on to 0.99999 (ViT-B)
     weight_of_features:float|None=None, # Weight of the feature loss; `None` = BootMAE's ramp
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16'
+    weights:str|Path|dict|None=None, # Weights to start from: a file of ours, of the authors or of timm; the rest is initialised
     seed:int|None=None, # Seed of initial weights, order, crops and masks; `None` = that of `dls`
     log_pictures:str|Path|bool=False, # Folder for a picture after each epoch; True shows them in the notebook only
     cbs=None, # Further callbacks
@@ -118,13 +123,19 @@ def mim_learner(
     path:str|Path|None=None, # Where `save` and `export` write; `None` = that of `dls`
     model_dir:str|Path='models', # Folder for `save`, below `path`
     moms:tuple=(.9, .9, .9), # Momentum over `fit_one_cycle`
-    **kw # Sizes of the model (`patch_size`, `width`, `depth`, `heads`, `class_token`) and columns of the method (ablations), see `mim_model`
+    **kw # Sizes of the model (`patch_size`, `width`, ...) and columns of the method (ablations), see `mim_model`; `teacher` may be whatever `load_teacher` takes
 ) -> MimLearner:
     "A learner for masked pretraining"
     chans,size = _image_shape(dls)
     seed = seed if seed is not None else getattr(dls.train, 'seed', 42)
-    if isinstance(arch, MaskedAutoencoder): model = arch
-    else: model = mim_model(method, arch, img_size or size, kw.pop('in_chans', chans), seed=seed, **({} if mask is None or callable(mask) else dict(mask=mask)), **kw)
+    if isinstance(arch, MaskedAutoencoder):
+        if kw: raise TypeError(f"{', '.join(kw)} cannot be changed in a model that is made already: give them to mim_model")
+        model = arch
+    else:
+        kw = _with_teacher(kw, arch, img_size or size)
+        model = mim_model(method, arch, img_size or size, kw.pop('in_chans', chans), seed=seed, **({} if mask is None or callable(mask) else dict(mask=mask)), **kw)
+    if not model.decoders: raise ValueError("this model is an encoder only, with nothing to predict: pretraining needs decoders, e.g. targets=('pixels',)")
+    if weights is not None: load_weights(model, weights)
     if (model.in_chans, *model.img_size) != (chans, *size):
         raise ValueError(f"the model takes images of {model.in_chans} channels and {model.img_size[0]} x {model.img_size[1]} pixels, but dls gives "
                          f"{chans} channels and {size[0]} x {size[1]}: make both equal (mim_dls(img_size=…, in_chans=…))")
@@ -136,6 +147,14 @@ def mim_learner(
                        splitter=decay_groups, metrics=[*_metrics(model), *L(metrics)], path=path, model_dir=model_dir, moms=moms,
                        cbs=[*_callbacks(model, masker, ema, ema_scale, ema_dynamic, weight_of_features, log_pictures), *L(cbs)])
     return _precisions[precision](learn)
+
+# %% ../nbs/13_learner.ipynb #cfd41cb8
+def _with_teacher(kw, arch, size):
+    "Keywords with a teacher that was named found"
+    source = kw.get('teacher')
+    if source in (None, 'momentum', 'frozen', 'external') if isinstance(source, str|None) else False: return kw
+    with torch.device('meta'), own_seed(0): grid = make_encoder(arch, size, patch_size=kw.get('patch_size')).grid
+    return kw | dict(teacher=load_teacher(source, grid))
 
 # %% ../nbs/13_learner.ipynb #51e212ee
 _precisions = dict(fp32=lambda learn: learn, bf16=lambda learn: learn.to_bf16(), fp16=lambda learn: learn.to_fp16())
@@ -152,7 +171,7 @@ def _callbacks(model, masker, ema, ema_scale, ema_dynamic, weight, log_pictures)
     if log_pictures and 'pixels' in model.decoders: cbs.append(ReconstructionLog(None if log_pictures is True else log_pictures))
     return cbs
 
-# %% ../nbs/13_learner.ipynb #8f4f7ce8
+# %% ../nbs/13_learner.ipynb #c68979c4
 @patch
 def show_batch(self:MimLearner,
     b=None, # Images and masks; `None` = a batch of `dl`
@@ -172,10 +191,9 @@ def show_results(self:MimLearner,
     height:int|None=None, # Height of each image in pixels
 ): # A PIL image
     "Rows of image, masked input, prediction, and both together; features alone have no such picture, see `viz`"
-    model = get_model(self.model); was = model.training
+    model = get_model(self.model)
     x,mask = (o[:max_n].to(next(model.parameters()).device) for o in (dl or self.dls[ds_idx]).one_batch())
-    try: return reconstruction_sheet(model.eval(), x, mask, height=height)
-    finally: model.train(was)
+    with evaluating(model): return reconstruction_sheet(model, x, mask, height=height)
 
 # %% ../nbs/13_learner.ipynb #653e6797
 def _images_over_masked(model, x, mask, height=None):
@@ -184,7 +202,7 @@ def _images_over_masked(model, x, mask, height=None):
     rows = from_stats(model, x), fill_patches(from_stats(model, x), mask, .5, model.patch_size)
     return contact_sheet([[to_pil(o) for o in r] for r in rows], height=height)
 
-# %% ../nbs/13_learner.ipynb #7524efe7
+# %% ../nbs/13_learner.ipynb #19cfd66f
 @patch
 def predict(self:MimLearner,
     item, # PIL image, path, array, or tensor `(C, H, W)` with values from 0 to 1
@@ -192,12 +210,11 @@ def predict(self:MimLearner,
     seed:int=0, # Seed of a random mask
 ) -> tuple: # Reconstruction (PIL image, `None` without a pixel decoder), mask `(L,)`, dict of predictions `(M, …)`
     "Hide a part of one image and predict it"
-    model = get_model(self.model); was = model.training
+    model = get_model(self.model)
     x,m = model_input(model, item), mask_for(model, mask, 1, seed)
-    try:
-        with torch.no_grad(): out = model.eval()(x, m)
+    with evaluating(model):
+        out = model(x, m)
         pic = to_pil(reconstruction_parts(model, x, m, out['pixels'])['pasted in'][0]) if 'pixels' in out else None
-    finally: model.train(was)
     return pic, m[0], {k: v[0] for k,v in out.items()}
 
 # %% ../nbs/13_learner.ipynb #d1c27ea8
@@ -217,3 +234,49 @@ def fit_paper(self:MimLearner,
     lr = base_lr*(bs or self.dls.train.bs)/256
     sched = SchedCos(lr, lr*floor) if not warmup else combine_scheds([warmup, 1 - warmup], [SchedLin(0., lr), SchedCos(lr, lr*floor)])
     self.fit(n_epoch, lr, wd, cbs=L(cbs) + ParamScheduler({'lr': sched}), start_epoch=start_epoch)
+
+# %% ../nbs/13_learner.ipynb #9da3c977
+@patch
+def fit_stages(self:MimLearner,
+    n_epoch:int, # Epochs of each stage
+    stages:int=2, # Stages
+    lr:float|None=None, # Highest learning rate of 'one_cycle'; `None` = the learner's
+    schedule:str='one_cycle', # What runs in each stage: 'one_cycle' (`fit_one_cycle`) or 'paper' (`fit_paper`)
+    folder:str|Path|bool|None=None, # Where to save the encoder of each stage; `None` = `stages` in the learner's path, False = nowhere
+    probe=None, # Called with the model at the end of each stage, returns a dict of figures to log
+    cbs=None, # Further callbacks
+    **kw # As for the schedule
+) -> list: # For each stage a dict: stage, epochs, figures of the probe, file
+    "Train in dBOT's stages: each starts a new student, taught by the encoder of the one before"
+    if schedule not in ('one_cycle', 'paper'): raise ValueError(f"schedule {schedule!r} is unknown: choose one_cycle or paper")
+    if not isinstance(stages, int): raise ValueError(f"stages={stages!r} is no number: for stages of unequal length use fit_one_cycle(…, cbs=StagedTeacher([…]))")
+    if lr is not None: kw['lr_max' if schedule == 'one_cycle' else 'base_lr'] = lr if schedule == 'one_cycle' else lr*256/(kw.get('bs') or self.dls.train.bs)
+    staged = StagedTeacher(stages, folder, probe)
+    (self.fit_one_cycle if schedule == 'one_cycle' else self.fit_paper)(n_epoch*stages, cbs=L(cbs) + staged, **kw)
+    return staged.log
+
+# %% ../nbs/13_learner.ipynb #bac1956b
+@patch
+def load(self:MimLearner,
+    file, # Name below `path/model_dir`, or a path, as `save` wrote it
+    device=None, # Where to put the tensors; `None` = that of the loaders
+    with_opt:bool=True, # Load the state of the optimiser too, if it was saved
+    strict:bool=True, # Must all keys agree?
+    **kwargs # As for fastai's `load`, except that code in the file is never run
+) -> MimLearner: # The same learner
+    "Load what `save` wrote, after checking that it is whole and fits"
+    path,model = join_path_file(file, self.path/self.model_dir, ext='.pth'), get_model(self.model)
+    state = read_file(path, allow=[L, type(np.dtype('float64')), np.dtype, type(np.dtype('int64')), np.float64(0).__reduce__()[0]])
+    state = state['model'] if set(state) == {'model', 'opt'} else state
+    wrong = misfit(_as_loaded(model, state), state) if strict else ''
+    if wrong: raise CheckpointError(f"{path} does not fit this {model.method.name} model: {wrong}. Nothing was loaded")
+    if misfit(model.state_dict(), state) and strict: teach_self(model)
+    return Learner.load(self, file, device=device, with_opt=with_opt, strict=strict, **kwargs | dict(weights_only=True))
+
+def _as_loaded(model, state):
+    "The tensors that the model will have for this file: a teacher like the encoder, if the file's is like that"
+    own = model.state_dict()
+    if model.method.teacher not in ('frozen', 'external') or not misfit(own, state): return own
+    mine = {k: v for k,v in own.items() if not k.startswith('teacher.')}
+    head = {k: torch.empty(model.encoder.dim*model.method.n_parts, *v.shape[1:], device='meta') for k,v in mine.items() if k.startswith('decoders.features.head.')}
+    return mine | head | {f"teacher.{k.removeprefix('encoder.')}": v for k,v in mine.items() if k.startswith('encoder.')}

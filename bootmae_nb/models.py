@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['methods', 'Method', 'get_method', 'MaskedAutoencoder', 'plain', 'evaluating', 'mim_model', 'bootmae', 'mae', 'dbot',
-           'model_from_config', 'encoder_only', 'next_stage', 'set_teacher', 'count_parameters', 'count_flops',
-           'model_facts', 'describe']
+           'model_from_config', 'encoder_only', 'teach_self', 'next_stage', 'set_teacher', 'count_parameters',
+           'count_flops', 'model_facts', 'describe']
 
 # %% ../nbs/06_models.ipynb #1d607802
 import copy, difflib
@@ -340,22 +340,29 @@ def encoder_only(
     res.config = dict(model.config, teacher=None, method=asdict(row))
     return res.eval()
 
-# %% ../nbs/06_models.ipynb #4958e4fe
+# %% ../nbs/06_models.ipynb #c69d398f
+def teach_self(
+    model:MaskedAutoencoder, # A model with a feature decoder; changed in place
+) -> bool: # Whether the feature head is a new one, not initialised yet, because its width changed
+    "Make a frozen copy of the encoder the teacher, in place of whatever teacher there was"
+    row = replace(model.method, teacher='frozen', teacher_depth=None, feature_dim=None)
+    for i in row.feature_blocks: model.encoder.block_index(i)
+    head,dim = model.decoders['features'].head, model.encoder.dim*row.n_parts
+    resized = head.out_features != dim
+    if resized: model.decoders['features'].head = nn.Linear(head.in_features, dim, device=head.weight.device)
+    model.teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()
+    model.method,model.config = row, dict(model.config, teacher=None, method=asdict(row))
+    return resized
+
+# %% ../nbs/06_models.ipynb #610ec25e
 def next_stage(
-    model:MaskedAutoencoder, # A model with a frozen or an external teacher; changed in place
+    model:MaskedAutoencoder, # A model with a feature decoder and a teacher that does not move; changed in place
     seed:int, # Seed of the new weights
 ) -> bool: # Whether the feature head is a new one, so that the optimiser must be, too
     "Make the trained encoder the teacher, and initialise encoder and decoders anew (dBOT, section 3)"
-    row = replace(model.method, teacher='frozen', teacher_depth=None, feature_dim=None)
-    config = dict(model.config, teacher=None, method=asdict(row))
-    fresh = model_from_config(config, seed)
-    device = next(model.parameters()).device
-    old,new = model.decoders['features'].head, fresh.decoders['features'].head
-    resized = old.weight.shape != new.weight.shape
-    teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()
-    if resized: model.decoders['features'].head = copy.deepcopy(new).to(device)
+    with own_seed(0): resized = teach_self(model)
+    fresh = model_from_config(model.config, seed)
     model.encoder.load_state_dict(fresh.encoder.state_dict()); model.decoders.load_state_dict(fresh.decoders.state_dict())
-    model.teacher,model.method,model.config = teacher, row, config
     return resized
 
 # %% ../nbs/06_models.ipynb #1f82a571
