@@ -7,8 +7,8 @@ __all__ = ['CheckpointError', 'write_whole', 'tensor_digest', 'save_model', 'fil
            'to_authors', 'read_file', 'read_weights', 'LoadReport', 'guess_layout', 'misfit', 'from_authors',
            'load_teacher', 'load_weights', 'from_timm', 'to_timm']
 
-# %% ../nbs/09_checkpoints.ipynb #5d0965c8
-import argparse, copy, hashlib, json, os, zipfile
+# %% ../nbs/09_checkpoints.ipynb #7826f534
+import argparse, copy, hashlib, json, os, re, zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ def file_digest(path) -> str:
     "SHA-256 of a file, hexadecimal"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/09_checkpoints.ipynb #dac7a64a
+# %% ../nbs/09_checkpoints.ipynb #e136baac
 def load_model(
     path:str|Path, # A file of `save_model`
     device='cpu', # Where to put the model
@@ -84,7 +84,6 @@ def load_model(
     if not path.is_file(): raise CheckpointError(f"{path} is not there: give a .safetensors file of save_model, or the folder of a run that holds model.safetensors")
     tensors,head = _read_safetensors(path)
     if 'config' not in head: raise CheckpointError(f"{path} has no configuration of ours in its header: for weights of the papers' authors use from_authors")
-    if tensor_digest(tensors) != head.get('digest'): raise CheckpointError(f"{path} is damaged: its tensors do not have the digest they were saved with")
     try:
         model = model_from_config(json.loads(head['config']))
         model.load_state_dict(tensors)
@@ -92,14 +91,16 @@ def load_model(
         raise CheckpointError(f"{path} does not fit this version ({bootmae_nb.__version__}): {str(e).splitlines()[0]}") from e
     return model.to(device).eval()
 
-# %% ../nbs/09_checkpoints.ipynb #dacc8b73
+# %% ../nbs/09_checkpoints.ipynb #30a55268
 def _read_safetensors(path):
     "Tensors and header of a safetensors file"
     try:
         with safe_open(path, 'pt') as f: head = f.metadata() or {}
-        return load_file(path), head
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not a whole safetensors file ({str(e).splitlines()[0]}): fetch or save it again") from e
+    if 'digest' in head and tensor_digest(tensors) != head['digest']: raise CheckpointError(f"{path} is damaged: its tensors do not have the digest they were saved with")
+    return tensors, head
 
 # %% ../nbs/09_checkpoints.ipynb #519d8226
 _parts = dict(embed='decoder_embed', blocks='decoder_blocks', norm='decoder_norm', head='decoder_pred', mask_token='mask_token', pos_embed='decoder_pos_embed')
@@ -152,7 +153,7 @@ def authors_to_ours(
         res['decoders.features.pos_embed'] = res['encoder.vit.pos_embed']        # the predictor has the encoder's width and positions
     return res
 
-# %% ../nbs/09_checkpoints.ipynb #ba206a77
+# %% ../nbs/09_checkpoints.ipynb #80124dec
 def to_authors(
     model:MaskedAutoencoder, # A model of one of the three methods
     decoders:bool=True, # With the decoders; False = the encoder alone
@@ -166,7 +167,7 @@ def to_authors(
         if method == 'bootmae' and k == 'decoders.pixels.head.weight': v = v.reshape(*model.patch_size, model.in_chans, -1).permute(3, 2, 0, 1)
         if method == 'bootmae' and k == 'decoders.pixels.head.bias':
             v = v.reshape(-1, model.in_chans)
-            if not v.eq(v[0]).all():
+            if not v.is_meta and not v.eq(v[0]).all():
                 raise ValueError("the pixel head has a bias for each value, BootMAE's layout one for each channel: to_authors(model, decoders=False) gives the encoder")
             v = v[0]
         if method == 'bootmae' and k.endswith(('.qkv.bias', '.kv.bias')):
@@ -194,7 +195,7 @@ def _check_whole(path):
         return                                                                        # the format of torch before 1.6 has no checksums
     if bad: raise CheckpointError(f"{path} is damaged: the checksum of {bad} does not agree. Fetch it again")
 
-# %% ../nbs/09_checkpoints.ipynb #5c8bd55c
+# %% ../nbs/09_checkpoints.ipynb #dc272946
 def read_file(
     path:Path, # A .safetensors, .pth or .pt file
     allow:tuple=(), # Classes that may be pickled in it, beside tensors and the Namespace in which the authors keep their settings
@@ -206,7 +207,9 @@ def read_file(
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *allow]): res = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:                                            # what a damaged pickle can raise has no end
-        raise CheckpointError(f"{path} cannot be read safely as torch weights ({_first_line(e)}): it is damaged, or holds more than tensors") from e
+        code = re.search(r'GLOBAL (\S+)', str(e))
+        why = f"it holds {code[1]}, which would be run" if code else f"{_first_line(e)}: it is damaged, or no file of torch weights"
+        raise CheckpointError(f"{path} cannot be read safely ({why})") from e
     if not isinstance(res, dict): raise CheckpointError(f"{path} holds a {type(res).__name__}, not a dict of weights")
     return res
 

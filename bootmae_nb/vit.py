@@ -276,7 +276,7 @@ class DecoderBlock(nn.Module):
         if self.cross is not None: x = x + self.drop_path(self.cross(self.norm3(x), self.norm4(memory)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-# %% ../nbs/05_vit.ipynb #aedc2b56
+# %% ../nbs/05_vit.ipynb #2b9def5c
 class Decoder(nn.Module):
     "Predict something for each hidden patch from the encoded visible ones"
     def __init__(self,
@@ -296,7 +296,7 @@ class Decoder(nn.Module):
         self.inject,self.positions,self.with_cls = inject, positions, with_cls
         self.embed,self.mask_token = nn.Linear(in_dim, width), nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer('pos_embed', torch.cat([torch.zeros(1, width), sincos_positions(grid, width, first)])[None])
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device='cpu').tolist()
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, None if inject is None else in_dim, o) for o in rates)
         self.norm,self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, out_dim)
 
