@@ -6,7 +6,7 @@
 __all__ = ['MaskBatch', 'MimLoss', 'MimBatch', 'MomentumTeacher', 'StagedTeacher', 'stage_ends', 'FeatureWeight', 'LossPart',
            'TargetVariance', 'CPUBFloat16', 'ReconstructionLog']
 
-# %% ../nbs/12_callbacks.ipynb #9d18c29f
+# %% ../nbs/12_callbacks.ipynb #6a8a20a4
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from fastcore.imports import in_notebook
 from IPython.display import display
 from .checkpoints import save_model, write_whole
-from .data import mix_seed
+from .data import SeededDL, mix_seed
 from .losses import mim_losses, mim_targets
 from .masking import PatchMask
 from .models import encoder_only, evaluating, next_stage, plain
@@ -69,13 +69,18 @@ class MimLoss:
         total = sum(v*(self.feature_weight if k == 'features' else 1.) for k,v in losses.items())
         return total if (reduction or self.reduction) == 'none' else total.mean()
 
-# %% ../nbs/12_callbacks.ipynb #7863619e
+# %% ../nbs/12_callbacks.ipynb #0a308cad
 class MimBatch(Callback):
     "Feed the model images and mask, and the loss its targets"
     order = MixedPrecision.order + 1        # the teacher must run under autocast, the predictions be floats already
     def __init__(self,
         masker=None, # What makes the masks, so that their count is known without asking the device; `None` = the method's own
     ): self.masker = masker
+
+    def before_fit(self): self.first = getattr(self.dls.train, 'epoch', 0) + 1
+    def before_train(self):
+        "A fit that starts in the middle (`start_epoch`) reads what the whole fit would have read there"
+        if isinstance(self.dls.train, SeededDL): self.dls.train.epoch = self.first + self.epoch - 1
 
     def before_batch(self):
         model,x,mask = get_model(self.model), plain(self.x), plain(self.y)
@@ -116,7 +121,7 @@ class MomentumTeacher(Callback):
         model = get_model(self.model)
         if not self.skipped: ema_update(model.teacher, model.encoder, self.decay)
 
-# %% ../nbs/12_callbacks.ipynb #99ac4d87
+# %% ../nbs/12_callbacks.ipynb #3036e40f
 class StagedTeacher(Callback):
     "dBOT's stages: the trained encoder becomes the teacher, and everything that learns starts anew"
     order,run_valid = 75,False            # after `SkipToEpoch` (70), so that nothing happens in epochs that are skipped
@@ -132,7 +137,7 @@ class StagedTeacher(Callback):
         if not self.run: return
         self.ends = stage_ends(self.stages, self.n_epoch)
         self._check(get_model(self.model))
-        self.log,self.run_seed = [], self.seed if self.seed is not None else getattr(self.dls.train, 'seed', 42)
+        self.log,self.stage,self.run_seed = [], None, self.seed if self.seed is not None else getattr(self.dls.train, 'seed', 42)
 
     def _check(self, model):
         if model.method.teacher not in ('frozen', 'external'):
@@ -168,7 +173,7 @@ class StagedTeacher(Callback):
     def after_batch(self): self._set_pct(self.epoch + (self.iter + 1)/self.n_iter)
 
     def after_epoch(self):
-        if self.epoch + 1 not in self.ends or rank_distrib(): return
+        if self.stage is None or self.epoch + 1 not in self.ends or rank_distrib(): return        # no stage yet: the epoch was skipped
         model,name = get_model(self.model), f'stage_{self.stage + 1}'
         entry = dict(stage=self.stage + 1, epochs=self.epoch + 1 - self.learn.stage_epochs[0])
         if self.probe is not None: entry |= self.probe(model)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['decay_groups', 'DecayGroups', 'MimLearner', 'prepare_dls', 'mim_learner']
 
-# %% ../nbs/13_learner.ipynb #806d92a9
+# %% ../nbs/13_learner.ipynb #b94d42ee
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -18,13 +19,13 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, rank_distrib
 from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .callbacks import CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, StagedTeacher, TargetVariance
-from .checkpoints import CheckpointError, from_timm, load_teacher, load_weights, misfit, read_file
-from .data import SeededDL
+from .checkpoints import CheckpointError, load_teacher, load_weights, misfit, read_file
+from .data import SeededDL, seeded
 from .masking import make_mask
 from .models import MaskedAutoencoder, Method, evaluating, mim_model, plain, teach_self
 from .vit import make_encoder, own_seed
@@ -49,11 +50,13 @@ class DecayGroups(Callback):
         wd = [o['wd'] for o in self.opt.hypers]
         self.opt.set_hyper('wd', [wd[0], *[0.]*(len(wd) - 1)])
 
-# %% ../nbs/13_learner.ipynb #66be6f2b
+# %% ../nbs/13_learner.ipynb #3cecd7f8
 class MimLearner(Learner):
-    "A fastai `Learner` for masked pretraining"
+    "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
     def one_batch(self, i, b):
-        try: super().one_batch(i, b)
+        step = seeded('step', self.dls.train.seed, self.dls.train.this_epoch, i, rank_distrib(), device=torch.device(self.dls.device)) if self.training else nullcontext()
+        try:
+            with step: super().one_batch(i, b)
         except BaseException:
             for cb in self._grab_cbs(CPUBFloat16): cb.close()
             raise

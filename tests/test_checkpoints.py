@@ -233,8 +233,9 @@ def teachers():
     "Name -> keywords of a model"
     clip = timm.create_model('vit_base_patch16_clip_quickgelu_224', img_size=64, embed_dim=64, depth=3, num_heads=2)
     beit = timm.create_model('beit_base_patch16_224', img_size=64, embed_dim=80, depth=2, num_heads=2)
+    dino = timm.create_model('vit_small_patch14_reg4_dinov2', img_size=56, embed_dim=48, depth=1, num_heads=3)
     return dict(copy={}, embedding=dict(teacher_depth=0), deeper=dict(teacher=make_encoder('vit_tiny_patch16_224', 32, patch_size=8, width=96, depth=4, heads=4)),
-                clip=dict(teacher=clip), beit=dict(teacher=beit), registers=dict(teacher=timm.create_model('vit_small_patch14_reg4_dinov2', img_size=56, embed_dim=48, depth=1, num_heads=3)),
+                clip=dict(teacher=clip), beit=dict(teacher=beit), registers=dict(teacher=dino),
                 blocks=dict(feature_blocks=(0, -1)), average=dict(feature_blocks=(0, 1), feature_average=True))
 
 
@@ -262,7 +263,8 @@ def test_next_stage_and_its_checkpoint(kind, tmp_path):
 def test_teachers_by_file(tmp_path):
     mae = made('mae')
     save_model(mae, tmp_path/'ours'); torch.save(dict(model=to_authors(made('bootmae', seed=4))), tmp_path/'boot.pth')
-    timm.models.save_for_hf(to_timm(mae), tmp_path/'hf', safe_serialization=True, model_config=dict(model_args=dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4)))
+    args = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4)
+    timm.models.save_for_hf(to_timm(mae), tmp_path/'hf', safe_serialization=True, model_config=dict(model_args=args))
     for source in (tmp_path/'ours.safetensors', str(tmp_path/'boot.pth'), f"local-dir:{tmp_path/'hf'}"):
         model = made('dbot', teacher=load_teacher(source, grid=(4, 4), num_heads=4))
         assert model.teacher.dim == 48 and model.teacher.depth == 2
