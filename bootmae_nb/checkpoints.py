@@ -397,11 +397,11 @@ def _pretrained(name, grid=None, **kw):
         raise CheckpointError(f"{name} cannot be had from timm ({_first_line(e)}). Without a network: fetch its weights where there is one, "
                               "and give timm.create_model(name, checkpoint_path=file)") from e
 
-# %% ../nbs/09_checkpoints.ipynb #9f302003
+# %% ../nbs/09_checkpoints.ipynb #80599eea
 def load_weights(
     model:MaskedAutoencoder, # Changed in place, or not at all
     weights:str|Path|dict, # A file of ours, of the authors, or of timm; or its content
-    decoders:bool=True, # Take the decoders too, where the file has them
+    decoders:bool|None=True, # The file's decoders too: True = they must fit, `None` = each that fits, False = none
 ) -> LoadReport: # What became of each tensor; also the model's `report`
     "Put weights into a model: all that fits, or nothing"
     what = str(weights) if isinstance(weights, str|Path) else 'the state dict'
@@ -413,8 +413,10 @@ def load_weights(
     our_name = (lambda k: k) if layout == 'bootmae_nb' else partial(_our_name, method=names)
     rename = partial(authors_to_ours, method=names)
     ours = {k: v for k,v in state.items() if not k.startswith('teacher.')} if layout == 'bootmae_nb' else rename(state)
-    kinds = [k for k in model.decoders if decoders and any(o.startswith(f'decoders.{k}.') and not o.endswith('pos_embed') for o in ours)]
     ours = _resampled(ours, own, model)
+    part = lambda sd, k: {n: v for n,v in sd.items() if n.startswith(f'decoders.{k}.')}
+    kinds = [k for k in model.decoders if decoders is not False and any(not n.endswith('pos_embed') for n in part(ours, k))]
+    if decoders is None: kinds = [k for k in kinds if not misfit(part(own, k), part(ours, k))]
     want = {k: v for k,v in own.items() if k.startswith('encoder.') or k.split('.')[1] in kinds}
     lost = [k for k in want if _part_of(k) == 'norm' and k not in ours]                     # a fine-tuned file has none
     spare = [k for k in ours if k not in own and _part_of(k) in ('fc_norm', 'head', 'attn_pool', 'decoders') or k in own and k not in want]

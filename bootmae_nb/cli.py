@@ -58,21 +58,24 @@ def _assignments(texts):
         except (ValueError, SyntaxError): res[k] = v
     return res
 
-# %% ../nbs/30_cli.ipynb #18266ab5
+# %% ../nbs/30_cli.ipynb #30c51216
 @call_parse
 @plain_errors
 def bootmae_train(
     source:str, # Folder of images, any nesting, labels not needed; or 'photos': those that come with the installed packages
     arch:str='vit_small_patch16_224', # A plain ViT of timm
     method:str='bootmae', # bootmae, mae or dbot
-    epochs:int=100, # Epochs
+    epochs:int=100, # Epochs, of each stage if there are several
     img_size:str='224', # Image size in pixels: 224, or height x width such as 96x160
     patch_size:int=None, # Patch size in pixels; the arch's own if not given
     bs:int=64, # Images in a batch
     lr:float=None, # Highest learning rate; 1e-3 for 'onecycle', 1.5e-4 x batch / 256 for 'paper' if not given
     schedule:str='onecycle', # onecycle, or paper: linear warm-up, cosine to a floor
-    mask:str=None, # Kind of mask: block, random or grid; the method's own if not given
+    mask:str=None, # Kind of mask: block, random, grid, band_noise, ...; the method's own if not given
     mask_ratio:float=None, # Share of patches to hide; the method's own if not given
+    weights:Path=None, # Start from the encoder, and where they fit the decoders, of this file: ours, the authors' or timm's
+    teacher:str=None, # momentum, frozen, a file (ours or the authors'), or a name of timm's with weights; the method's own if not given
+    stages:int=1, # Stages of dbot: after each the encoder becomes the teacher and training starts anew
     clip:float=None, # Clip the norm of the gradients at this value
     ema:str='run', # Momentum of the teacher: run (the paper's, scaled to the run), paper, or one or two numbers: 0.99,0.999
     in_chans:int=3, # Channels: 3 colour, 1 grey, 4 colour with opacity
@@ -94,19 +97,21 @@ def bootmae_train(
     precision = pick_precision(precision or s.precision, device)
     ema,size,out = _ema(ema), _size(img_size), _run_folder(out, s.run_dir, overwrite)
     if schedule not in ('onecycle', 'paper'): raise ValueError(f"schedule {schedule!r} is unknown: choose onecycle or paper")
+    if stages < 1: raise ValueError(f"stages {stages} is below 1: give 2 for dBOT's recipe")
     if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
     from bootmae_nb.data import mim_dls
     from bootmae_nb.learner import mim_learner
     from fastai.callback.training import GradientClip
     dls = mim_dls(source, img_size=size, bs=bs, in_chans=in_chans, crops_per_image=crops, min_scale=min_scale, valid_pct=valid_pct, device=device,
                   seed=s.seed if seed is None else seed, num_workers=pick_workers(s.workers if workers is None else workers))
-    ablations = _assignments(set) | dict(patch_size=patch_size, mask=mask, **({} if mask_ratio is None else dict(mask_ratio=mask_ratio)))
-    learn = mim_learner(dls, arch, method, ema=ema, precision=precision, log_pictures=out/'reconstructions', path=out, **ablations)
+    given = dict(mask_ratio=mask_ratio, teacher=teacher)
+    ablations = _assignments(set) | dict(patch_size=patch_size, mask=mask) | {k: v for k,v in given.items() if v is not None}
+    learn = mim_learner(dls, arch, method, ema=ema, precision=precision, weights=weights, log_pictures=out/'reconstructions', path=out, **ablations)
     if clip: learn.add_cb(GradientClip(clip))
     _announce(learn, arch, device, precision, out)
-    history = _fit(learn, epochs, lr, schedule)
-    _write_run(learn, history, out, dict(source=source, epochs=epochs, bs=bs, schedule=schedule, lr=lr, clip=clip, ema=ema, precision=precision,
-                                         device=str(device), seed=dls.train.seed))
+    history = _fit(learn, epochs, lr, schedule, stages)
+    _write_run(learn, history, out, dict(source=source, epochs=epochs, stages=stages, bs=bs, schedule=schedule, lr=lr, clip=clip, ema=ema, precision=precision,
+                                         device=str(device), seed=dls.train.seed, weights=weights, teacher=teacher))
 
 # %% ../nbs/30_cli.ipynb #f60347ef
 def _run_folder(out, run_dir, overwrite):
@@ -117,10 +122,10 @@ def _run_folder(out, run_dir, overwrite):
         raise ValueError(f"{out} holds the model of an earlier run: choose another --out, or say --overwrite")
     return out
 
-# %% ../nbs/30_cli.ipynb #2c2d29b9
+# %% ../nbs/30_cli.ipynb #d2bb01b6
 def _announce(learn, arch, device, precision, out):
     "What is about to happen, in a few lines"
-    from bootmae_nb.checkpoints import count_parameters
+    from bootmae_nb.models import count_parameters
     dls,m = learn.dls, learn.model
     parts = ', '.join(f'{k} {v/1e6:.1f} M' for k,v in count_parameters(m).items())
     hidden = m.method.masker.n_hidden(m.grid)
@@ -137,8 +142,8 @@ class _PlainLog:
         if row[0] == 0: print('  '.join(f'{o:>{max(8, len(o))}}' for o in self.names))
         print('  '.join(f"{f'{o:.4f}' if isinstance(o, float) else str(o):>{max(8, len(n))}}" for n,o in zip(self.names, row)), flush=True)
 
-# %% ../nbs/30_cli.ipynb #3df7851f
-def _fit(learn, epochs, lr, schedule):
+# %% ../nbs/30_cli.ipynb #cd028383
+def _fit(learn, epochs, lr, schedule, stages=1):
     "Train, and return the losses by epoch as a table whose row 0 is before training"
     import time
     import pandas as pd
@@ -151,7 +156,8 @@ def _fit(learn, epochs, lr, schedule):
     start,done = time.perf_counter(), []
     with nullcontext() if sys.stdout.isatty() else learn.no_bar():
         try:
-            if schedule == 'paper': learn.fit_paper(epochs, **({} if lr is None else dict(base_lr=lr*256/learn.dls.train.bs)))
+            if stages > 1: learn.fit_stages(epochs, stages, lr or (1e-3 if schedule == 'onecycle' else None), dict(onecycle='one_cycle').get(schedule, schedule))
+            elif schedule == 'paper': learn.fit_paper(epochs, **({} if lr is None else dict(base_lr=lr*256/learn.dls.train.bs)))
             else: learn.fit_one_cycle(epochs, lr or 1e-3)
         except KeyboardInterrupt: print('interrupted: writing what has been learnt so far', flush=True); done.append('interrupted')
     took = time.perf_counter() - start
@@ -160,7 +166,7 @@ def _fit(learn, epochs, lr, schedule):
                          interrupted=bool(done))
     return history
 
-# %% ../nbs/30_cli.ipynb #24582024
+# %% ../nbs/30_cli.ipynb #c79be177
 def _write_run(learn, history, out, how):
     "Model, losses and their picture"
     from bootmae_nb.checkpoints import save_model, write_whole
@@ -179,6 +185,7 @@ def _write_run(learn, history, out, how):
                   f'validation images {valid.iloc[0]:.3f} before training, {valid.iloc[-1]:.3f} after')
     print(f"{history.attrs['seconds']:.0f} s, {history.attrs['images_per_second']:.0f} images/s; model: {path}, losses: {out/'losses.png'}")
     if 'pixels' in parts: print(f"pictures after each epoch: {out/'reconstructions'}")
+    if (out/'stages').is_dir(): print(f"encoder of each stage: {out/'stages'}")
 
 # %% ../nbs/30_cli.ipynb #b1dd52b2
 @call_parse

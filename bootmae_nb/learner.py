@@ -50,13 +50,13 @@ class DecayGroups(Callback):
         wd = [o['wd'] for o in self.opt.hypers]
         self.opt.set_hyper('wd', [wd[0], *[0.]*(len(wd) - 1)])
 
-# %% ../nbs/13_learner.ipynb #3cecd7f8
+# %% ../nbs/13_learner.ipynb #81a8a189
 class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
     def one_batch(self, i, b):
-        step = seeded('step', self.dls.train.seed, self.dls.train.this_epoch, i, rank_distrib(), device=torch.device(self.dls.device)) if self.training else nullcontext()
+        dl,device = self.dls.train, next(self.model.parameters()).device
         try:
-            with step: super().one_batch(i, b)
+            with seeded('step', dl.seed, dl.this_epoch, i, rank_distrib(), device=device) if self.training else nullcontext(): super().one_batch(i, b)
         except BaseException:
             for cb in self._grab_cbs(CPUBFloat16): cb.close()
             raise
@@ -103,7 +103,7 @@ def _image_shape(dls):
     if x.ndim != 4: raise ValueError(f"the loader's batches have the shape {tuple(x.shape)}: expected images (B, C, H, W)")
     return x.shape[1], tuple(x.shape[2:])
 
-# %% ../nbs/13_learner.ipynb #aee585d8
+# %% ../nbs/13_learner.ipynb #ba5ffd8e
 def mim_learner(
     dls:DataLoaders, # Images, e.g. of `mim_dls`; labels are ignored
     arch:str|MaskedAutoencoder='vit_base_patch16_224', # A plain ViT of timm, or a model made before
@@ -118,7 +118,7 @@ def mim_learner(
     ema_dynamic:bool=True, # BootMAE's EMA schedule goes on to 0.99999 (ViT-B)
     weight_of_features:float|None=None, # Weight of the feature loss; `None` = BootMAE's ramp
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16'
-    weights:str|Path|dict|None=None, # Weights to start from: a file of ours, of the authors or of timm; the rest is initialised
+    weights:str|Path|dict|None=None, # Weights to start from: a file of ours, of the authors or of timm; what it lacks is initialised
     seed:int|None=None, # Seed of initial weights, order, crops and masks; `None` = that of `dls`
     log_pictures:str|Path|bool=False, # Folder for a picture after each epoch; True shows them in the notebook only
     cbs=None, # Further callbacks
@@ -138,7 +138,7 @@ def mim_learner(
         kw = _with_teacher(kw, arch, img_size or size)
         model = mim_model(method, arch, img_size or size, kw.pop('in_chans', chans), seed=seed, **({} if mask is None or callable(mask) else dict(mask=mask)), **kw)
     if not model.decoders: raise ValueError("this model is an encoder only, with nothing to predict: pretraining needs decoders, e.g. targets=('pixels',)")
-    if weights is not None: load_weights(model, weights)
+    if weights is not None: load_weights(model, weights, decoders=None)
     if (model.in_chans, *model.img_size) != (chans, *size):
         raise ValueError(f"the model takes images of {model.in_chans} channels and {model.img_size[0]} x {model.img_size[1]} pixels, but dls gives "
                          f"{chans} channels and {size[0]} x {size[1]}: make both equal (mim_dls(img_size=…, in_chans=…))")

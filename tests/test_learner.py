@@ -13,12 +13,13 @@ from fastai.optimizer import SGD
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.augment import Resize
 
+from bootmae_nb.checkpoints import CheckpointError, save_model
 from bootmae_nb.data import SeededDL, mim_dls
 from bootmae_nb.images import image_files, sample_photo, sample_photos
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.losses import mim_loss, mim_targets
 from bootmae_nb.masking import BlockMask, PatchMask, RandomMask, hide_highest
-from bootmae_nb.models import mim_model
+from bootmae_nb.models import encoder_only, mim_model
 from bootmae_nb.patches import patchify
 from bootmae_nb.targets import ema_update, norm_feature, variance_over_images
 from bootmae_nb.vit import zero_key_bias_grads
@@ -300,3 +301,62 @@ def test_mixed_precision_on_a_gpu():
         quietly(learn, 'fit', 1, 1e-3)
         assert seen == {torch.bfloat16 if precision == 'bf16' else torch.float16}
         assert all(p.isfinite().all() for p in learn.model.parameters())
+
+
+# files
+
+@pytest.mark.parametrize('damage', ['cut', 'flipped', 'shape', 'renamed', 'hostile'])
+def test_load_is_all_or_nothing(damage, tmp_path):
+    "A damaged, misfitting or hostile file: one plain error that names it, and nothing changed in model and optimiser"
+    learn = photos_learner(path=tmp_path)
+    quietly(learn, 'fit', 1, 1e-3)
+    good = learn.save('good')
+    data, content = good.read_bytes(), torch.load(good, weights_only=False)
+    bad = tmp_path/'models'/f'{damage}.pth'
+    k = 'encoder.vit.blocks.0.attn.proj.weight'
+    if damage == 'cut': bad.write_bytes(data[:len(data)//2])
+    if damage == 'flipped': b = bytearray(data); b[len(b)//2] ^= 2; bad.write_bytes(b)
+    if damage == 'shape': content['model'][k] = content['model'][k][:-1]; torch.save(content, bad)
+    if damage == 'renamed': content['model'][k.replace('proj', 'out')] = content['model'].pop(k); torch.save(content, bad)
+    if damage == 'hostile': torch.save(content | dict(opt=Hostile(tmp_path/'ran')), bad)
+    other = photos_learner(path=tmp_path, seed=7)
+    quietly(other, 'fit', 1, 1e-3)
+    before, moments = state(other.model), {k: v.clone() for k,v in next(iter(other.opt.opt.state.values())).items()}
+    with pytest.raises(CheckpointError, match=f'{damage}.pth') as e: other.load(damage)
+    assert '\n' not in str(e.value) and not (tmp_path/'ran').exists()
+    assert equal(before, state(other.model)) and equal(moments, next(iter(other.opt.opt.state.values())))
+    assert equal(state(other.load('good').model), state(learn.model))
+
+
+class Hostile:
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return (type(self.file).touch, (self.file,))
+
+
+# starting points
+
+def test_weights_and_teacher_by_file(tmp_path):
+    mae = mim_model('mae', img_size=32, seed=5, **(tiny | dict(pixel_depth=1, pixel_heads=3)))
+    save_model(mae, tmp_path/'mae')
+    learn = photos_learner(weights=tmp_path/'mae.safetensors')
+    assert equal(state(learn.model.encoder), state(mae.encoder)) and equal(state(learn.model.teacher), state(mae.encoder))
+    learn = photos_learner(method='dbot', teacher=tmp_path/'mae.safetensors', feature_width=32, feature_depth=1, feature_heads=2)
+    assert learn.model.method.teacher == 'external' and learn.model.teacher.depth == 2
+    quietly(learn, 'fit_one_cycle', 1, 1e-3)
+    with pytest.raises(CheckpointError, match='nowhere.pth is not there'): photos_learner(teacher='nowhere.pth')
+    with pytest.raises(ValueError, match='encoder only'): mim_learner(mim_dls(img_size=32, bs=4, num_workers=0), encoder_only(mae))
+
+
+def test_random_numbers_of_a_step_follow_from_the_seed_alone():
+    "Drop path: the same run twice, with the global generator in another state, and the state left as it was"
+    ends = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        learn = photos_learner(drop_path=.5)
+        quietly(learn, 'fit', 1, 1e-3)
+        ends.append(state(learn.model))
+    assert equal(*ends)
+    assert not equal(ends[0], state(quietly_fitted(photos_learner(drop_path=0.)).model))
+
+
+def quietly_fitted(learn): quietly(learn, 'fit', 1, 1e-3); return learn
