@@ -6,7 +6,7 @@
 __all__ = ['released', 'Released', 'released_files', 'fetch', 'from_released', 'write_folder', 'model_card', 'HubModel',
            'save_pretrained', 'from_pretrained', 'push_to_hub', 'timm_args', 'save_timm']
 
-# %% ../nbs/10_hub.ipynb #d724be31
+# %% ../nbs/10_hub.ipynb #3248c08c
 import difflib, hashlib, json, os, re, secrets, shutil
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, get_
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from torch import nn
 from tqdm import tqdm
 import bootmae_nb
 from .checkpoints import CheckpointError, file_digest, from_authors, load_model, save_model, to_timm, write_whole
@@ -110,7 +111,7 @@ def _bare(url):
 
 def _beside(path, suffix): return path.with_name(path.name + suffix)
 
-# %% ../nbs/10_hub.ipynb #b82c7470
+# %% ../nbs/10_hub.ipynb #489e1489
 def _check_md5(path, md5):
     "Refuse a file whose MD5 does not begin as its authors say"
     if not md5: return
@@ -119,15 +120,15 @@ def _check_md5(path, md5):
 
 def _record(path, digest, url=None):
     "Write down the SHA-256 of a file, and where it came from"
-    write_whole(_beside(path, '.sha256'), lambda p: p.write_text((f'# {_bare(url)}\n' if url else '') + f'{digest}  {path.name}\n'))
+    write_whole(_beside(path, '.sha256'), lambda p: p.write_text(f'{digest}  {path.name}\n' + (f'# {_bare(url)}\n' if url else '')))
 
-# %% ../nbs/10_hub.ipynb #79ab3aad
+# %% ../nbs/10_hub.ipynb #0fceeac7
 def _check(path, url, md5):
     "A file that is there, if it still is what was fetched; one that was put there by hand is recorded"
     note = _beside(path, '.sha256')
     if not note.is_file():
         _check_md5(path, md5)
-        _record(path, file_digest(path))
+        with suppress(OSError): _record(path, file_digest(path))        # in a folder that one may only read it stays without
         return path
     text = note.read_text()
     digest,origin = re.search(r'^([0-9a-f]{64})\b', text, re.M), re.search(r'^# (\S+)', text, re.M)
@@ -221,7 +222,7 @@ def _reason(e):
     if isinstance(e, HTTPError): return f'HTTP status {e.code}, {e.reason}'
     return ' '.join(str(getattr(e, 'reason', None) or e).split())[:300] or type(e).__name__
 
-# %% ../nbs/10_hub.ipynb #019131f0
+# %% ../nbs/10_hub.ipynb #ef2d6afc
 def fetch(
     name_or_url:str, # A name of `released`, or a URL that begins with https:// or http://
     folder:str|Path|None=None, # Where files are kept; `None` = `weights` in the workspace's data folder
@@ -232,11 +233,13 @@ def fetch(
     url,name,md5 = _source(str(name_or_url))
     path = Path(folder or load_settings().data_dir/'weights').expanduser()/name
     if path.is_file(): return _check(path, url, md5)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f'.{name}.lock')
-    with FileLock(lock):
-        path = _check(path, url, md5) if path.is_file() else _download(url, path, md5, progress, timeout)
-        with suppress(OSError): lock.unlink()           # whoever still waits for it will find the file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            path = _check(path, url, md5) if path.is_file() else _download(url, path, md5, progress, timeout)
+            with suppress(OSError): lock.unlink()       # whoever still waits for it will find the file
+    except OSError as e: raise CheckpointError(f"{path} cannot be written ({_reason(e)}): give another folder, or put the file there by hand") from e
     return path
 
 # %% ../nbs/10_hub.ipynb #1a66412a
@@ -294,31 +297,32 @@ def write_folder(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return Path(folder)
 
-# %% ../nbs/10_hub.ipynb #5ce94caa
+# %% ../nbs/10_hub.ipynb #4cf49e45
 _papers = dict(bootmae=('BootMAE', '2207.07116'), mae=('MAE', '2111.06377'), dbot=('dBOT', '2209.03917'))
 
 def _sizes(model):
     "What a reader wants to know of a model's size, in words"
     enc,(h,w),count = model.encoder, model.img_size, lambda m: f'{sum(p.numel() for p in m.parameters()):,}'
     parts = {n: count(m) for n,m in model.named_children() if any(True for _ in m.parameters())}
-    return {'architecture': model.config['arch'], 'images': f'{h} x {w} px, {model.in_chans} channels', 'patches': ' x '.join(map(str, model.patch_size)) + ' px',
+    classes = {'classes': enc.vit.num_classes} if enc.vit.num_classes else {}
+    return {'timm architecture': model.config['arch'], 'images': f'{h} x {w} px, {model.in_chans} channels', 'patches': ' x '.join(map(str, model.patch_size)) + ' px',
             'encoder': f'width {enc.dim}, {enc.depth} blocks, {enc.heads} heads, {"with" if enc.has_cls else "without"} class token',
-            **{f'parameters, {n}': c for n,c in parts.items()}}
+            **classes, **{f'parameters, {n}': c for n,c in parts.items()}}
 
-# %% ../nbs/10_hub.ipynb #490f9e45
+# %% ../nbs/10_hub.ipynb #597307f7
 def _table(rows):
     "A table of two columns"
     return '\n'.join(['| | |', '| --- | --- |'] + [f'| {k} | {v} |' for k,v in rows.items()])
 
 _card_text = '''# {title}
 
-A vision transformer, pretrained by masked image modelling{paper}. {about}
+A vision transformer, pretrained by masked image modelling{paper}
 
 {sizes}
 
 ## Load it
 
-The whole model, decoders and teacher included, to go on training or to draw reconstructions:
+The whole model, with decoders and teacher where it has them, to go on training or to draw reconstructions:
 
 ```python
 from bootmae_nb.hub import from_pretrained
@@ -345,7 +349,7 @@ Images go in as float tensors in 0 to 1, minus {mean}, divided by {std} (one num
 
 _no_licence = 'Not stated yet: add `license:` to the head of this file before you publish the weights.'
 
-# %% ../nbs/10_hub.ipynb #8f96ff6a
+# %% ../nbs/10_hub.ipynb #131e7350
 def model_card(
     model:MaskedAutoencoder, # The model
     repo:str='USER/NAME', # Repository or folder that it is loaded from
@@ -354,11 +358,13 @@ def model_card(
 ) -> ModelCard: # Its `content` is the README
     "What a model is and how to load it, with the head that the Hub reads"
     row = dict(model.config['method']); name = row.pop('name')
+    unused = [o.removesuffix('s') for o in ('pixels', 'features') if o not in row['targets']]
+    row = {k: v for k,v in row.items() if not any(o in k for o in unused)}
     title,arxiv = _papers.get(name, (name, None))
     head = ModelCardData(library_name='bootmae_nb', license=licence, pipeline_tag='image-feature-extraction',
                          tags=['masked-image-modeling', 'self-supervised-learning', 'vision-transformer', 'pytorch', name] + ([f'arxiv:{arxiv}'] if arxiv else []))
-    paper = f' with {title}' + (f' ([arXiv {arxiv}](https://arxiv.org/abs/{arxiv}))' if arxiv else '')
-    text = _card_text.format(title=repo.rpartition('/')[2], repo=repo, paper=paper, about=about, sizes=_table(_sizes(model)), method=_table({'name': name} | row),
+    paper = f' with {title}' + (f' ([arXiv {arxiv}](https://arxiv.org/abs/{arxiv}))' if arxiv else '') + '.' + (f' {about}' if about else '')
+    text = _card_text.format(title=repo.rpartition('/')[2], repo=repo, paper=paper, sizes=_table(_sizes(model)), method=_table({'name': name} | row),
                              mean=list(row['mean']), std=list(row['std']), licence=licence or _no_licence)
     return ModelCard(f'---\n{head.to_yaml()}\n---\n\n{text}')
 
@@ -441,26 +447,27 @@ def push_to_hub(
         return HubModel(model).push_to_hub(repo_id, token=token, private=private, branch=branch, create_pr=create_pr, commit_message=commit_message,
                                            ignore_patterns=['README.md'] if keep else None, model_card_kwargs=dict(repo=repo_id, licence=licence, about=about))
 
-# %% ../nbs/10_hub.ipynb #2e2a1a39
+# %% ../nbs/10_hub.ipynb #e0daf45f
 def timm_args(
     model:MaskedAutoencoder, # The model
+    num_classes:int=0, # Classes of a new, untrained head; 0 = none, or the classifier of a fine-tuned model
 ) -> tuple: # Name of the architecture, and keyword arguments
     "What `timm.create_model` has to be told to build a model's encoder"
-    enc = model.encoder; vit = enc.vit
+    enc = model.encoder; vit = enc.vit; pool = dict(global_pool=vit.global_pool, fc_norm=not isinstance(vit.fc_norm, nn.Identity))
     ratio = model.config.get('mlp_ratio') or vit.blocks[0].mlp.fc1.out_features/enc.dim
     size = dict(img_size=enc.img_size, patch_size=enc.patch_size[0], in_chans=enc.in_chans, embed_dim=enc.dim, depth=enc.depth, num_heads=enc.heads, mlp_ratio=ratio)
-    return vit.pretrained_cfg['architecture'], dict(size, class_token=enc.has_cls, global_pool=vit.global_pool, fc_norm=False)
+    return vit.pretrained_cfg['architecture'], dict(size, class_token=enc.has_cls, num_classes=num_classes or vit.num_classes, **pool)
 
-# %% ../nbs/10_hub.ipynb #38f2c2e9
+# %% ../nbs/10_hub.ipynb #c7a5d296
 def _timm_model(model, num_classes):
     "The encoder on the CPU, and what `save_for_hf` has to be told about it"
     vit = to_timm(model, num_classes).cpu()
     for p in vit.parameters(): p.data = p.data.contiguous()
-    arch,args = timm_args(model)
+    arch,args = timm_args(model, num_classes)
     images = dict(input_size=(model.in_chans, *model.img_size), fixed_input_size=True, pool_size=None, interpolation='bicubic', crop_pct=.875, crop_mode='center',
                   **{k: tuple(model.config['method'][k]) for k in ('mean', 'std')})
-    vit.pretrained_cfg = dict(images, architecture=arch, num_classes=num_classes, first_conv='patch_embed.proj', classifier='head')
-    return vit, dict(model_args=args | dict(num_classes=num_classes), num_classes=num_classes, num_features=vit.num_features, global_pool=args['global_pool'])
+    vit.pretrained_cfg = dict(images, architecture=arch, num_classes=vit.num_classes, first_conv='patch_embed.proj', classifier='head')
+    return vit, dict(model_args=args, num_classes=vit.num_classes, num_features=vit.num_features, global_pool=vit.global_pool)
 
 def _write_timm(vit, config, folder):
     "Weights and configuration; older timm would adapt a first convolution of 1 or 4 channels as if it had 3, so they do not hear of it"
@@ -470,11 +477,11 @@ def _write_timm(vit, config, folder):
     about['pretrained_cfg'].pop('first_conv', None)
     file.write_text(json.dumps(about, indent=2))
 
-# %% ../nbs/10_hub.ipynb #f87e1f54
+# %% ../nbs/10_hub.ipynb #e74c5590
 def save_timm(
     model:MaskedAutoencoder, # The model
     path:str|Path, # A folder; or a file that ends in `.safetensors`, for the weights alone
-    num_classes:int=0, # Classes of a new, untrained head; 0 = none
+    num_classes:int=0, # Classes of a new, untrained head; 0 = none, or the classifier of a fine-tuned model
     overwrite:bool=False, # Replace what is there
 ) -> Path: # The folder or file
     "Save the encoder so that timm alone can load it"

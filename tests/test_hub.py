@@ -22,6 +22,7 @@ from bootmae_nb import hub
 from bootmae_nb.checkpoints import CheckpointError, from_authors, load_model
 from bootmae_nb.hub import Released, fetch, from_pretrained, from_released, push_to_hub, released, save_pretrained, save_timm, timm_args, write_folder
 from bootmae_nb.models import mim_model
+from bootmae_nb.vit import Encoder
 
 DATA = bytes(range(256))*40_000 + b'end'
 TINY = dict(arch='vit_tiny_patch16_224', img_size=(32, 48), patch_size=8, width=48, depth=2, heads=4)
@@ -50,6 +51,7 @@ class Server(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=.01), daemon=True).start()
 
     def url(self, name='w.pth'): return f'http://127.0.0.1:{self.server_port}/{name}'
+    def handle_error(self, *args): pass     # a client that hangs up
     def __exit__(self, *args): self.shutdown(); self.server_close()
 
 
@@ -153,7 +155,7 @@ def test_fetch_once(tmp_path):
         assert path == tmp_path/'new'/'w.pth' and path.read_bytes() == DATA
         assert get(s.url(), folder=tmp_path/'new') == path and len(s.asked) == 1 and s.asked[0] == ('/w.pth?token=secret', None, None)
         assert sorted(os.listdir(path.parent)) == ['w.pth', 'w.pth.sha256']
-        assert (path.parent/'w.pth.sha256').read_text() == f'# {s.url()}\n{sha(DATA)}  w.pth\n'
+        assert (path.parent/'w.pth.sha256').read_text() == f'{sha(DATA)}  w.pth\n# {s.url()}\n'
     assert get(s.url(), folder=tmp_path/'new') == path          # the server is gone
     path.unlink()
     assert 'put it at ' + str(path) in refused(f'{s.url()} could not be fetched (', s.url(), folder=tmp_path/'new')
@@ -179,7 +181,7 @@ def after_a_cut(tmp_path, change=lambda s: None, cut=1_000_000, **kw):
         refused('the connection ended after', s.url(), folder=tmp_path)
         change(s)
         path = get(s.url(), folder=tmp_path)
-        assert path.read_bytes() == s.data and (tmp_path/'w.pth.sha256').read_text().split()[2:] == [sha(s.data), 'w.pth']
+        assert path.read_bytes() == s.data and (tmp_path/'w.pth.sha256').read_text().split()[:2] == [sha(s.data), 'w.pth']
         assert sorted(os.listdir(tmp_path)) == ['w.pth', 'w.pth.sha256']
     return s
 
@@ -344,6 +346,16 @@ def test_file_put_there_by_hand(tmp_path, register):
     refused('is not what it was', 'w.pth', folder=tmp_path)
 
 
+def test_file_in_a_folder_that_one_may_only_read(tmp_path, monkeypatch):
+    def no(*args): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(hub, 'write_whole', no)
+    (tmp_path/'w.pth').write_bytes(DATA)
+    assert get('http://127.0.0.1:9/w.pth', folder=tmp_path) == tmp_path/'w.pth' and os.listdir(tmp_path) == ['w.pth']
+    with Server() as s: refused('w.pth cannot be written (', s.url(), folder=tmp_path/'new')
+    (tmp_path/'file').touch()
+    refused('w.pth cannot be written (', 'http://127.0.0.1:9/w.pth', folder=tmp_path/'file')
+
+
 def test_file_changed_on_the_disk(tmp_path):
     with Server() as s:
         path = get(s.url(), folder=tmp_path)
@@ -493,6 +505,9 @@ def test_card(tmp_path, model, monkeypatch):
     scope = {}
     for code in re.findall(r'```python\n(.*?)```', card.text, re.S): exec(code, scope)
     assert equal(scope['model'], model) and equal(scope['vit'], model.encoder.vit)
+    assert '| pixel_width | 32 |' in card.text and '| feature_depth | 2 |' in card.text
+    save_pretrained(mim_model('mae', **TINY, pixel_width=32, pixel_depth=1, pixel_heads=4), 'mae')
+    assert 'feature_' not in (text := Path('mae/README.md').read_text()) and '| norm_pixels | patch |' in text and 'teacher' not in text.partition('## Load')[0]
     save_pretrained(model, 'unlicensed')
     card = ModelCard.load('unlicensed/README.md')
     assert card.data.license is None and 'Not stated yet' in card.text
@@ -669,8 +684,8 @@ def test_timm_has_the_encoder(tmp_path, kw):
     config = timm.data.resolve_model_data_config(vit)
     assert tuple(config['input_size']) == (model.in_chans, *model.img_size)
     assert config['mean'] == pytest.approx(model.method.mean) and config['std'] == pytest.approx(model.method.std)
-    arch, args = timm_args(model)
-    vit = timm.create_model(arch, checkpoint_path=save_timm(model, tmp_path/'m.safetensors', num_classes=3), num_classes=3, **args).eval()
+    arch, args = timm_args(model, num_classes=3)
+    vit = timm.create_model(arch, checkpoint_path=save_timm(model, tmp_path/'m.safetensors', num_classes=3), **args).eval()
     with torch.no_grad(): assert torch.allclose(vit.forward_features(x), want, atol=1e-5) and vit(x).shape == (2, 3)
 
 
@@ -680,6 +695,18 @@ def test_timm_with_a_head(tmp_path, model):
     assert vit.num_classes == 7 and torch.equal(vit.head.weight, weights['head.weight'])
     other = timm.create_model(f"local-dir:{tmp_path/'m'}", pretrained=True, num_classes=5).eval()
     assert other(torch.randn(1, 3, 32, 48)).shape == (1, 5) and torch.equal(other.norm.weight, vit.norm.weight)
+
+
+def test_timm_keeps_the_classifier_of_a_fine_tuned_model(tmp_path):
+    model = mim_model('mae', **TINY, pixel_width=32, pixel_depth=1, pixel_heads=4, seed=0)
+    arch, args = timm_args(model)
+    model.encoder = Encoder(timm.create_model(arch, **args | dict(num_classes=5, global_pool='avg', fc_norm=True)))
+    for p in model.encoder.parameters(): p.data += .05*torch.randn_like(p)
+    x = torch.randn(2, 3, 32, 48)
+    save_timm(model, tmp_path/'m'); save_timm(model, tmp_path/'m.safetensors')
+    arch, args = timm_args(model)
+    for vit in (timm.create_model(f"local-dir:{tmp_path/'m'}", pretrained=True), timm.create_model(arch, checkpoint_path=tmp_path/'m.safetensors', **args)):
+        with torch.no_grad(): assert vit(x).shape == (2, 5) and torch.allclose(vit.eval()(x), model.encoder.vit.eval()(x), atol=1e-5)
 
 
 def test_timm_knows_a_standard_size_by_its_name(tmp_path):
