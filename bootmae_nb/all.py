@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/31_all.ipynb #68ad2f8f
+# %% ../nbs/31_all.ipynb #729fa2a6
 from .settings import *
 from .patches import *
 from .images import *
@@ -16,9 +16,11 @@ from .models import *
 from .targets import *
 from .losses import *
 from .checkpoints import *
+from .hub import *
 from .viz import *
 from .callbacks import *
 from .learner import *
+from .recipes import *
 
 # %% ../nbs/31_all.ipynb #0b21c480
 __all__ = [k for k in globals() if not k.startswith('_')]

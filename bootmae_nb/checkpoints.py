@@ -7,7 +7,7 @@ __all__ = ['CheckpointError', 'write_whole', 'tensor_digest', 'save_model', 'fil
            'to_authors', 'read_file', 'read_weights', 'LoadReport', 'guess_layout', 'misfit', 'from_authors',
            'load_teacher', 'load_weights', 'from_timm', 'to_timm']
 
-# %% ../nbs/09_checkpoints.ipynb #7826f534
+# %% ../nbs/09_checkpoints.ipynb #3283346a
 import argparse, copy, hashlib, json, os, re, zipfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import bootmae_nb
 import timm
 from timm.layers import resample_abs_pos_embed
+from .patches import pair
 from .models import MaskedAutoencoder, count_parameters, methods, mim_model, model_from_config
 from .vit import Encoder, as_encoder, own_seed, timm_config
 
@@ -229,10 +230,10 @@ def read_weights(
     rest = [] if bare else sorted(k for k in weights if k.split('.')[0] not in ('model', 'state_dict', 'module', 'model_ema', 'ema', 'teacher'))
     return dict(model=clean(model), rest=rest) | (dict(teacher=clean(teacher)) if teacher else {})
 
-# %% ../nbs/09_checkpoints.ipynb #894b6d80
+# %% ../nbs/09_checkpoints.ipynb #c104016c
 _published = {(768, 12, 16): 'vit_base_patch16_224', (1024, 24, 16): 'vit_large_patch16_224', (1280, 32, 14): 'vit_huge_patch14_224'}
 
-def _encoder_size(sd, num_heads, what):
+def _encoder_size(sd, num_heads, what, img_size=None):
     "Keyword arguments of `make_encoder` for the tensors of a vision transformer"
     relative = [k for k in sd if 'rel_pos' in k or 'relative_position' in k]
     if relative: raise CheckpointError(f"{what} has relative positions ({relative[0]}), as dBOT's files taught by CLIP have: a plain ViT cannot take them over")
@@ -240,11 +241,13 @@ def _encoder_size(sd, num_heads, what):
     except KeyError as e: raise CheckpointError(f"{what} has no {e}: these are not the weights of a vision transformer with absolute positions") from e
     prefix = int('cls_token' in sd)
     side = int((L - prefix)**.5)
-    if side*side != L - prefix: raise CheckpointError(f"{what} has positions for {L - prefix} patches, which is no square grid")
+    hw = pair(img_size, 'image size') if img_size else (side*patch,)*2
+    if (hw[0]//patch)*(hw[1]//patch) != L - prefix:
+        raise CheckpointError(f"{what} has positions for {L - prefix} patches of {patch} px, which is no grid of {hw[0]} x {hw[1]} px: say its size, img_size=(height, width)")
     heads = num_heads or {1280: 16, 1408: 16, 1664: 16}.get(width) or width//64
     if not heads or width % heads: raise CheckpointError(f"{what} has a width of {width}: say how many attention heads it has, num_heads=…")
     depth = 1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.'))
-    return dict(arch=_published.get((width, depth, patch), 'vit_base_patch16_224'), img_size=side*patch, in_chans=in_chans, patch_size=patch, width=width, depth=depth,
+    return dict(arch=_published.get((width, depth, patch), 'vit_base_patch16_224'), img_size=hw, in_chans=in_chans, patch_size=patch, width=width, depth=depth,
                 heads=heads, mlp_ratio=fc1/width) | ({} if prefix else dict(class_token=False))
 
 # %% ../nbs/09_checkpoints.ipynb #d1ccd613
@@ -299,7 +302,7 @@ def _load_exactly(model, state, what):
     if wrong: raise CheckpointError(f"{what} does not fit a {model.method.name} model: {wrong}")
     model.load_state_dict(state, strict=False)
 
-# %% ../nbs/09_checkpoints.ipynb #4ce70e3e
+# %% ../nbs/09_checkpoints.ipynb #6e3373d7
 def from_authors(
     weights:str|Path|dict, # A file of the authors, pretraining or fine-tuned, or its content: a dict with `model` (and `model_ema`), or a state dict
     method:str, # 'bootmae', 'mae' or 'dbot'
@@ -308,6 +311,7 @@ def from_authors(
     teacher:str|Path|dict|nn.Module|None=None, # The teacher, if not in the file: weights or a model; `None` and none in the file: a copy of the encoder
     norm_pixels:bool|None=None, # False for models trained on raw pixels (`mae_visualize_*`)
     ema:bool=False, # Load BootMAE's averaged model (`model_ema`) in place of the last one
+    img_size:int|tuple|None=None, # Image size in pixels, `(height, width)`, where the grid of patches is not square
 ) -> MaskedAutoencoder: # In `eval` mode, with a `LoadReport` as `report`
     "A model with the weights of a paper's authors; sizes are inferred from the tensors"
     if method not in _names: raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(_names)}")
@@ -317,10 +321,10 @@ def from_authors(
     state = parts['teacher' if ema else 'model']
     layout = guess_layout(state)
     if layout not in (method, 'timm'): raise CheckpointError(f"{what} has the names of {layout}, not of {method}: use method={layout!r}")
-    size,ours = _encoder_size(state, num_heads, what), authors_to_ours(state, method)
+    size,ours = _encoder_size(state, num_heads, what, img_size), authors_to_ours(state, method)
     rows = _rows_of(ours, method, size, inject, norm_pixels)
     width = ours['decoders.features.head.weight'].shape[0] if 'decoders.features.head.weight' in ours else None
-    seen = _teacher_of(parts, teacher, method, num_heads, size['width']) if width else None
+    seen = _teacher_of(parts, teacher, method, num_heads, size) if width else None
     dim = getattr(getattr(getattr(seen, 'encoder', seen), 'vit', seen), 'embed_dim', width)
     if dim != width: raise CheckpointError(f"{what} predicts features of width {width}, but the teacher given has {dim}: it was trained with another one")
     alike = isinstance(seen, MaskedAutoencoder) and seen.method.mean == methods[method].mean and not misfit(seen.encoder.state_dict(), _encoder_part(ours))
@@ -348,13 +352,13 @@ def _rows_of(ours, method, size, inject, norm_pixels):
         rows['classifier'] = dict(num_classes=0 if head is None else head.shape[0], global_pool=pool, fc_norm=pooled)
     return rows
 
-# %% ../nbs/09_checkpoints.ipynb #e941b885
-def _teacher_of(parts, teacher, method, num_heads, width):
+# %% ../nbs/09_checkpoints.ipynb #196cf39e
+def _teacher_of(parts, teacher, method, num_heads, size):
     "The teacher that was given, or that is in the file; `None` if there is neither"
     if teacher is not None: return load_teacher(teacher, num_heads=num_heads)
     if 'teacher' not in parts: return None
     keep = {k: v for k,v in parts['teacher'].items() if _our_name(k, method).startswith('encoder.')}
-    return from_authors(dict(model=keep), method, num_heads if keep['patch_embed.proj.weight'].shape[0] == width else None)
+    return from_authors(dict(model=keep), method, num_heads if keep['patch_embed.proj.weight'].shape[0] == size['width'] else None, img_size=size['img_size'])
 
 def _report(parts, state, method, what, model, teacher_in_file):
     "The `LoadReport` of a file of the authors"

@@ -185,7 +185,7 @@ def recipe_learner(
     if r.teacher_depth is not None: args['teacher_depth'] = r.teacher_depth
     return mim_learner(dls, cbs=[*([GradientClip(r.clip)] if r.clip else []), *L(cbs)], **(args | kw))
 
-# %% ../nbs/14_recipes.ipynb #50509e2d
+# %% ../nbs/14_recipes.ipynb #393c9543
 def _images_per_step(learn, cbs):
     "Images of an optimiser step of this process"
     bs = learn.dls.train.bs
@@ -198,7 +198,7 @@ def fit_recipe(self:MimLearner,
     epochs:int|None=None, # Epochs of a stage, see `Recipe.for_batch`; `None` = the recipe's
     bs:int|None=None, # Images per optimiser step; `None` = the loader's batch, with gradient accumulation several
     cbs=None, # Further callbacks
-    start_epoch:int=0, # Epoch to start from, in a recipe of one stage
+    start_epoch:int=0, # Epoch to start from, counted through all stages
 ):
     "Train with the schedule of a recipe: linear warm-up and cosine for each optimiser step, its weight decay, its stages"
     r = _get_recipe(recipe).for_batch(_images_per_step(self, cbs) if bs is None else bs, epochs)
@@ -206,7 +206,4 @@ def fit_recipe(self:MimLearner,
         if isinstance(cb, MomentumTeacher) and cb.decay_arg is None: cb.decay_arg = r.ema    # 'run' where the recipe was shortened
     kw = dict(base_lr=r.base_lr, warmup=r.warmup_epochs/r.epochs, floor=r.floor, bs=r.batch, wd=r.wd, cbs=cbs)
     if r.stages == 1: return self.fit_paper(r.epochs, start_epoch=start_epoch, **kw)
-    if start_epoch: raise ValueError(f"start_epoch {start_epoch} does not say which of the {r.stages} stages to start from: finish one stage with recipe(…, stages=1)")
-    if hasattr(self, 'fit_stages'): return self.fit_stages(r.epochs, stages=r.stages, schedule='paper', **kw)
-    warnings.warn(f"this learner has no stages: recipe {r.name} trains the first of {r.stages}", stacklevel=2)
-    self.fit_paper(r.epochs, **kw)
+    return self.fit_stages(r.epochs, r.stages, schedule='paper', start_epoch=start_epoch, **kw)

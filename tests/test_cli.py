@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from bootmae_nb import cli
-from bootmae_nb.checkpoints import load_model
+from bootmae_nb.checkpoints import load_model, save_model
 from bootmae_nb.images import sample_photo, sample_photos
 
 bin = Path(sys.executable).parent
@@ -46,13 +47,13 @@ def trained(folder, tmp_path_factory):
     return out, done
 
 
-@pytest.mark.parametrize('command', ['bootmae-train', 'bootmae-reconstruct'])
+@pytest.mark.parametrize('command', ['bootmae-train', 'bootmae-reconstruct', 'bootmae-convert'])
 def test_help_answers_at_once(command):
     times = []
     for _ in range(3):
         start = time.perf_counter(); done = run(command, '--help')
         times.append(time.perf_counter() - start)
-        assert done.returncode == 0 and 'usage:' in done.stdout and '--out' in done.stdout
+        assert done.returncode == 0 and 'usage:' in done.stdout and 'out' in done.stdout
     assert min(times) < 2, times
 
 
@@ -138,10 +139,70 @@ def test_a_checkpoint_loads_and_draws_without_fastai(trained):
     code = f"""
 import sys
 from bootmae_nb import cli
-from bootmae_nb.checkpoints import load_model
+from bootmae_nb.checkpoints import load_model, save_model
 from bootmae_nb.images import sample_photo
 from bootmae_nb.viz import reconstruct
 reconstruct(load_model({str(trained[0])!r}), sample_photo('coffee'))
 assert not [m for m in sys.modules if m.split('.')[0] in ('fastai', 'gradio')]"""
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# dBOT in stages, recipes, weights and their forms
+
+def test_two_stages_leave_two_encoders(folder, tmp_path):
+    dbot = [o for o in small if not o.startswith('pixel')]
+    done = run('bootmae-train', folder, *dbot, 'feature_width=32', 'feature_depth=1', 'feature_heads=2', 'teacher_depth=0',
+               '--method', 'dbot', '--stages', 2, '--epochs', 1, '--crops', 2, '--out', tmp_path/'o')
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path/'o'/'stages').glob('*.safetensors')) == ['stage_1.safetensors', 'stage_2.safetensors']
+    model, first = load_model(tmp_path/'o'), load_model(tmp_path/'o'/'stages'/'stage_1.safetensors')
+    assert all(torch.equal(v, first.encoder.state_dict()[k]) for k,v in model.teacher.state_dict().items())
+    assert len(list(csv.DictReader((tmp_path/'o'/'history.csv').open()))) == 3
+
+
+def test_a_recipe_is_printed_and_followed_and_weights_are_taken(trained, folder, tmp_path):
+    done = run('bootmae-train', folder, *small, '--recipe', 'bootmae_base_800', '--epochs', 2, '--crops', 2, '--lr', 1e-4, '--weights', trained[0]/'model.safetensors', '--out', tmp_path/'o')
+    assert done.returncode == 0, done.stderr
+    assert 'bootmae_base_800' in done.stdout and '2 epochs' in done.stdout and 'cosine to' in done.stdout
+    about = json.loads((tmp_path/'o'/'model.json').read_text())
+    assert about['training']['recipe'] == 'bootmae_base_800' and about['training']['epochs'] == 2
+    start, end = load_model(trained[0]), load_model(tmp_path/'o')
+    moved = (start.encoder.vit.blocks[0].mlp.fc1.weight - end.encoder.vit.blocks[0].mlp.fc1.weight).abs().max()
+    assert 0 < moved < .01
+
+
+def test_teacher_by_file(trained, folder, tmp_path):
+    done = run('bootmae-train', folder, *small, '--method', 'bootmae', '--teacher', trained[0]/'model.safetensors', '--epochs', 1, '--crops', 2, '--out', tmp_path/'o')
+    assert done.returncode == 0, done.stderr
+    model, teacher = load_model(tmp_path/'o'), load_model(trained[0])
+    assert model.method.teacher == 'external' and torch.equal(model.teacher.vit.cls_token, teacher.encoder.vit.cls_token)
+
+
+def test_convert_there_and_back(trained, tmp_path):
+    steps = [('timm', 'vit', 'timm'), ('bootmae', 'theirs.pth', 'bootmae'), ('hub', 'hub', None)]
+    ours = trained[0]/'model.safetensors'
+    model = load_model(ours)
+    bias = model.decoders['pixels'].head.bias
+    bias.data = bias.data.reshape(-1, 3).mean(0).repeat(len(bias)//3)             # the authors' layout has one for each channel
+    save_model(model, tmp_path/'even')
+    for to, name, _ in steps:
+        done = run('bootmae-convert', tmp_path/'even.safetensors', tmp_path/name, '--to', to)
+        assert done.returncode == 0, done.stderr
+    back = ['bootmae-convert', tmp_path/'theirs.pth', tmp_path/'again', '--from', 'bootmae', '--to', 'bootmae_nb', '--num-heads', 3]
+    done = run(*back)
+    assert done.returncode == 2 and 'say its size' in done.stderr                 # the grid of this run is 4 x 6
+    done = run(*back, '--img-size', '32x48')
+    assert done.returncode == 0 and 'read as bootmae' in done.stdout
+    again = load_model(tmp_path/'again.safetensors')
+    assert all(torch.equal(v, again.decoders.state_dict()[k]) for k,v in model.decoders.state_dict().items())
+    vit = timm.create_model(f'local-dir:{tmp_path/"vit"}', pretrained=True)
+    assert torch.equal(vit.blocks[0].mlp.fc1.weight, model.encoder.vit.blocks[0].mlp.fc1.weight)
+    again = load_model(tmp_path/'hub')
+    assert all(torch.equal(v, again.state_dict()[k]) for k,v in model.state_dict().items())
+    done = run('bootmae-convert', tmp_path/'even.safetensors', tmp_path/'hub', '--to', 'hub')
+    assert done.returncode == 2 and 'is there already' in done.stderr and 'Traceback' not in done.stderr
+    done = run('bootmae-convert', ours, tmp_path/'x', '--to', 'onnx')
+    assert done.returncode == 2 and 'choose one of bootmae_nb' in done.stderr
+    done = run('bootmae-convert', 'vit_nonsense.in1k', tmp_path/'x')
+    assert done.returncode == 2 and 'cannot be had from timm' in done.stderr and not (tmp_path/'x.safetensors').exists()

@@ -11,6 +11,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from bootmae_nb import recipes as module
 from bootmae_nb.callbacks import MomentumTeacher
 from bootmae_nb.data import CropImage, mim_dls
+from bootmae_nb.checkpoints import load_model
 from bootmae_nb.learner import MimLearner
 from bootmae_nb.recipes import Recipe, recipe, recipe_learner, recipes
 
@@ -240,24 +241,26 @@ def test_clipping_bounds_the_gradient():
 
 # stages
 
-def test_stages_are_run_by_the_learner(monkeypatch):
-    "A stand-in for `fit_stages`: what it is asked to do"
-    seen = {}
-    monkeypatch.setattr(MimLearner, 'fit_stages', lambda self, n_epoch, **kw: seen.update(n_epoch=n_epoch, **kw), raising=False)
-    learn = learner('dbot_base_1600'); cb = Rates()
-    learn.fit_recipe('dbot_base_1600', epochs=100, cbs=cb)
-    assert seen.pop('cbs') is cb
-    assert seen == dict(n_epoch=100, stages=2, schedule='paper', base_lr=1.5e-4, warmup=.05, floor=0., bs=4, wd=.05)
-    seen.clear(); quietly(learn, 'fit_recipe', recipe('dbot_base_1600', stages=1), epochs=1)
-    assert not seen
-    with pytest.raises(ValueError, match='start_epoch 5 does not say which of the 2 stages'): learn.fit_recipe('dbot_base_1600', start_epoch=5)
+@pytest.mark.parametrize('name', ['dbot_base_1600', 'dbot_large_1600'])
+def test_stages_run_the_whole_schedule_in_each(name, tmp_path):
+    "Two stages of two epochs: the same rates in each, by the formula; the encoder of the first teaches the second"
+    learn = learner(name, cbs=Rates(), path=tmp_path)
+    assert learn.model.teacher.depth == (0 if name == 'dbot_large_1600' else learn.model.encoder.depth)
+    log = quietly(learn, 'fit_recipe', name, epochs=2)
+    r,n = recipe(name).for_batch(learn.dls.train.bs, 2), len(learn.dls.train)
+    want = [r.lr_at(i/n) for i in range(4*n)]
+    assert [o for o,_ in learn.rates.lrs] == pytest.approx(want, rel=1e-5, abs=1e-12)
+    assert [o['stage'] for o in log] == [1, 2] and (tmp_path/'stages'/'stage_1.safetensors').is_file()
+    first = load_model(log[0]['file']).encoder.vit.state_dict()
+    assert all(torch.equal(v, first[k]) for k,v in learn.model.teacher.vit.state_dict().items())
 
 
-def test_a_learner_without_stages_says_so(monkeypatch):
-    monkeypatch.delattr(MimLearner, 'fit_stages', raising=False)
-    learn = learner('dbot_base_1600', cbs=Rates())
-    with pytest.warns(UserWarning, match='trains the first of 2'): quietly(learn, 'fit_recipe', 'dbot_base_1600', epochs=1)
-    assert len(learn.rates.lrs) == len(learn.dls.train)
+def test_a_recipe_goes_on_within_its_second_stage(tmp_path):
+    class Once(Rates):
+        def before_train(self): self.epochs = [*getattr(self, 'epochs', []), self.epoch]
+    learn = learner('dbot_base_1600', cbs=Once(), path=tmp_path)
+    quietly(learn, 'fit_recipe', 'dbot_base_1600', epochs=2, start_epoch=3)
+    assert learn.once.epochs == [3] and learn.once.lrs[0][0] == pytest.approx(recipe('dbot_base_1600').for_batch(learn.dls.train.bs, 2).lr_at(3), rel=1e-5)
 
 
 # the data
