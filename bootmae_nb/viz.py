@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['fit_image', 'model_input', 'to_stats', 'from_stats', 'to_pil', 'mask_for', 'fill_patches', 'predicted_patches',
-           'reconstruction_parts', 'contact_sheet', 'reconstruction_sheet', 'reconstruct', 'plot_losses']
+           'reconstruction_parts', 'contact_sheet', 'reconstruction_sheet', 'reconstruct', 'PCABasis', 'pca_basis',
+           'pca_rgb', 'feature_parts', 'feature_sheet', 'plot_losses']
 
-# %% ../nbs/11_viz.ipynb #221ce9b9
+# %% ../nbs/11_viz.ipynb #b50552d9
+from dataclasses import dataclass
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from .images import open_image
 from .models import MaskedAutoencoder, plain
-from .patches import denormalise, mask_order, patch_stats, patchify, take, unpatchify
+from .patches import denormalise, mask_order, pair, patch_stats, patchify, take, unpatchify
+from .targets import norm_feature
 
 # %% ../nbs/11_viz.ipynb #1a129fd2
 def fit_image(
@@ -184,6 +188,119 @@ def reconstruct(
     was = model.training
     try: return reconstruction_sheet(model.eval(), images, mask_for(model, mask, len(images), seed), None, put_back, height)
     finally: model.train(was)
+
+# %% ../nbs/11_viz.ipynb #9c5069fa
+@dataclass(frozen=True)
+class PCABasis:
+    "Directions and ranges that turn features into red, green and blue; all tensors are float64, on the CPU"
+    mean:Tensor # Taken off first: `(1, D)`, or `(L, D)` = each place its own
+    axes:Tensor # `(D, 3)`, unit columns; zero where the features have no further direction
+    low:Tensor # `(3,)`, what becomes 0
+    high:Tensor # `(3,)`, what becomes 1; equal to `low` where a colour stays at one half
+    share:Tensor # `(3,)`, share of the variance along each direction
+
+# %% ../nbs/11_viz.ipynb #39c05d5d
+def _as_double(features):
+    "Features `(B, L, D)` as float64 on the CPU"
+    x = plain(features).detach().cpu().double()
+    if x.ndim != 3 or not x.numel(): raise ValueError(f"features of shape {tuple(x.shape)} have no colours: give (B, L, D), the patch tokens of B images")
+    if not x.isfinite().all(): raise ValueError("the features hold NaN or infinite values, which have no colours: look at the model first")
+    return x
+
+# %% ../nbs/11_viz.ipynb #c202b40e
+def _principal_axes(x, least):
+    "Three directions `(D, 3)` of centred rows `(N, D)`, and the share of the variance along them; zero where the deviation is below `least`"
+    var,axes = torch.linalg.eigh(x.T @ x/len(x))
+    total = var.sum()
+    var,axes = var.flip(0)[:3], axes.flip(1)[:, :3]
+    axes = axes*axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()*(var > least**2)
+    missing = 3 - len(var)
+    return F.pad(axes, (0, missing)), F.pad(torch.where(var > least**2, var/total, 0.), (0, missing))
+
+# %% ../nbs/11_viz.ipynb #2ea81e9e
+def pca_basis(
+    features:Tensor, # `(B, L, D)`, the images to fit the colours to, jointly
+    per_place:bool=False, # Take off the mean over the images at each place, not one mean for all
+    percent:tuple=(1, 99), # Percentiles that become 0 and 1
+) -> PCABasis:
+    "Fit colours to features: the first three principal components over all patches of all images"
+    x = _as_double(features); least = 1e-6*x.abs().max()
+    if per_place and len(x) < 2: raise ValueError("the mean at each place needs several images, and there is one: pass more, or per_place=False")
+    mean = x.mean(0) if per_place else x.mean((0, 1))[None]
+    x = (x - mean).flatten(0, 1)
+    axes,share = _principal_axes(x, least)
+    x = x @ axes
+    low,high = torch.from_numpy(np.percentile(x.numpy(), percent, axis=0))
+    few = high - low < least                              # nearly all patches equal: use the whole range
+    return PCABasis(mean, axes, torch.where(few, x.amin(0), low), torch.where(few, x.amax(0), high), share)
+
+# %% ../nbs/11_viz.ipynb #8c0d2694
+def pca_rgb(
+    features:Tensor, # `(B, L, D)`, patches in raster order, any type and device
+    grid:tuple, # Rows and columns of patches
+    basis:PCABasis|None=None, # Colours fitted before; `None` = fit them to these features
+    per_place:bool=False, # For a new basis, see `pca_basis`
+) -> Tensor: # `(B, 3, rows, columns)`, values from 0 to 1, float32 on the CPU
+    "Feature maps as colours, one pixel for each patch"
+    x,(h,w) = _as_double(features), pair(grid, 'grid')
+    if x.shape[1] != h*w:
+        raise ValueError(f"features of shape {tuple(x.shape)} do not fit a grid of {h} x {w}: expected (B, {h*w}, D), patches only, so drop a class token")
+    basis = basis or pca_basis(x, per_place)
+    n,D = basis.mean.shape
+    if D != x.shape[2] or n not in (1, h*w):
+        raise ValueError(f"a basis for {f'{n} places and ' if n > 1 else ''}{D} values does not fit features of shape {tuple(x.shape)}: fit one with pca_basis")
+    x,size = (x - basis.mean) @ basis.axes, basis.high - basis.low
+    x = torch.where(size > 0, (x - basis.low)/torch.where(size > 0, size, 1.), .5).clamp(0, 1)
+    return x.float().mT.reshape(len(x), 3, h, w)
+
+# %% ../nbs/11_viz.ipynb #0b0c981a
+def _feature_pair(model, images, mask, features):
+    "The normalised target of all patches `(B, L, D)` and the prediction for the hidden ones `(B, M, D)`, as the loss compares them"
+    norm,cls = model.method.norm_features, int(model.decoders['features'].with_cls)
+    targ = norm_feature(model.teacher_features(images), norm)
+    pred = model(images, mask)['features'] if features is None else plain(features)
+    return targ[:, cls:].cpu(), (norm_feature(pred) if norm == 'layer' else pred.float())[:, cls:].cpu()
+
+# %% ../nbs/11_viz.ipynb #a422cab8
+@torch.no_grad()
+def feature_parts(
+    model:MaskedAutoencoder, # A model that predicts features
+    images:Tensor, # `(B, C, H, W)`, in the model's input statistics
+    mask:Tensor, # `(B, L)`, boolean, `True` = hidden
+    features:Tensor|None=None, # Its prediction for the hidden patches, if that is known already
+    per_place:bool=False, # Take off the mean over the images at each place; for many images
+) -> dict: # Title -> images `(B, C, H, W)`, values from 0 to 1, on the CPU
+    "The image, what the model saw, the teacher's features as colours, and the predicted ones in the same colours"
+    if 'features' not in model.decoders:
+        raise ValueError(f"this {model.method.name} model predicts {', '.join(model.decoders) or 'nothing'}: a picture of features needs a model with a feature decoder")
+    images,mask,size = plain(images), plain(mask), model.patch_size
+    targ,pred = _feature_pair(model, images, mask, features)
+    original,mask = from_stats(model, images).cpu(), mask.cpu()
+    pasted = targ.scatter(1, mask_order(mask)[1][..., None].expand_as(pred), pred)
+    basis = pca_basis(targ, per_place)
+    targ,pasted = (pca_rgb(o, model.grid, basis) for o in (targ, pasted))
+    pasted = torch.where(mask.reshape(-1, 1, *model.grid), pasted, .75 + .25*pasted)
+    return {'image': original, 'masked input': fill_patches(original, mask, .5, size)} | {
+        k: o.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
+        for k,o in {'teacher less place mean' if per_place else 'teacher': targ, 'predicted (rest faded)': pasted}.items()}
+
+# %% ../nbs/11_viz.ipynb #575ea82c
+def feature_sheet(
+    model:MaskedAutoencoder, # A model that predicts features
+    images:Tensor, # `(B, C, H, W)`, in the model's input statistics
+    mask:Tensor, # `(B, L)`, boolean, `True` = hidden
+    features:Tensor|None=None, # Its prediction for the hidden patches, if that is known already
+    per_place:bool=False, # Take off the mean over the images at each place; for many images
+    height:int|None=None, # Height of each image in pixels; `None` = as it is, but at least 128
+) -> Image.Image: # One row for each image
+    "A batch as rows: image, masked input, the teacher's features as colours, the prediction in the same colours"
+    was = model.training
+    try: parts = feature_parts(model.eval(), images, mask, features, per_place)
+    finally: model.train(was)
+    h,w = model.img_size; height = height or max(h, 128)
+    sharp = lambda im: im.resize((round(w*height/h), height), Image.Resampling.NEAREST)      # patches keep their edges
+    rows = [[to_pil(im), to_pil(seen), sharp(to_pil(targ)), sharp(to_pil(pred))] for im,seen,targ,pred in zip(*parts.values())]
+    return contact_sheet(rows, list(parts), height)
 
 # %% ../nbs/11_viz.ipynb #f4868015
 def plot_losses(
