@@ -6,7 +6,7 @@
 __all__ = ['MaskBatch', 'MimLoss', 'MimBatch', 'MomentumTeacher', 'StagedTeacher', 'stage_ends', 'FeatureWeight', 'LossPart',
            'TargetVariance', 'CPUBFloat16', 'ReconstructionLog']
 
-# %% ../nbs/12_callbacks.ipynb #6a8a20a4
+# %% ../nbs/12_callbacks.ipynb #14f3c5aa
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
@@ -22,7 +22,7 @@ from .data import SeededDL, mix_seed
 from .losses import mim_losses, mim_targets
 from .masking import PatchMask
 from .models import encoder_only, evaluating, next_stage, plain
-from .targets import ema_decay, ema_decay_for, ema_update, feature_weight, variance_over_images
+from .targets import ema_decay, ema_decay_for, ema_update, feature_weight, update_feature_mean, variance_over_images
 from .vit import zero_key_bias_grads
 from .viz import reconstruction_sheet
 
@@ -69,7 +69,7 @@ class MimLoss:
         total = sum(v*(self.feature_weight if k == 'features' else 1.) for k,v in losses.items())
         return total if (reduction or self.reduction) == 'none' else total.mean()
 
-# %% ../nbs/12_callbacks.ipynb #0a308cad
+# %% ../nbs/12_callbacks.ipynb #fc75b234
 class MimBatch(Callback):
     "Feed the model images and mask, and the loss its targets"
     order = MixedPrecision.order + 1        # the teacher must run under autocast, the predictions be floats already
@@ -86,7 +86,8 @@ class MimBatch(Callback):
         model,x,mask = get_model(self.model), plain(self.x), plain(self.y)
         n = (self.masker or model.method.masker).n_hidden(model.grid)
         self.learn.xb = (x, mask, n)
-        self.learn.loss_func.targets = mim_targets(model, x, mask, n)
+        targets = self.learn.loss_func.targets = mim_targets(model, x, mask, n)
+        if self.training and 'features' in targets: update_feature_mean(model.feature_mean, model.feature_count, targets['features'][0][:, -n:], mask)
 
     def after_pred(self): self.learn.pred = tuple(self.pred.values())
     def after_backward(self): zero_key_bias_grads(get_model(self.model))

@@ -154,7 +154,7 @@ def authors_to_ours(
         res['decoders.features.pos_embed'] = res['encoder.vit.pos_embed']        # the predictor has the encoder's width and positions
     return res
 
-# %% ../nbs/09_checkpoints.ipynb #80124dec
+# %% ../nbs/09_checkpoints.ipynb #4eb93375
 def to_authors(
     model:MaskedAutoencoder, # A model of one of the three methods
     decoders:bool=True, # With the decoders; False = the encoder alone
@@ -163,7 +163,7 @@ def to_authors(
     method,res = model.method.name, {}
     if method not in _names: raise ValueError(f"method {method!r} has no layout of its authors: choose one of {', '.join(_names)}")
     for k,v in model.state_dict().items():
-        if k.startswith('teacher.') or k.startswith('decoders.') and not decoders or method == 'bootmae' and k == 'decoders.features.pos_embed': continue
+        if k.split('.')[0] not in ('encoder', 'decoders') or k.startswith('decoders.') and not decoders or method == 'bootmae' and k == 'decoders.features.pos_embed': continue
         name = _their_name(k, method)
         if method == 'bootmae' and k == 'decoders.pixels.head.weight': v = v.reshape(*model.patch_size, model.in_chans, -1).permute(3, 2, 0, 1)
         if method == 'bootmae' and k == 'decoders.pixels.head.bias':
@@ -230,7 +230,7 @@ def read_weights(
     rest = [] if bare else sorted(k for k in weights if k.split('.')[0] not in ('model', 'state_dict', 'module', 'model_ema', 'ema', 'teacher'))
     return dict(model=clean(model), rest=rest) | (dict(teacher=clean(teacher)) if teacher else {})
 
-# %% ../nbs/09_checkpoints.ipynb #c104016c
+# %% ../nbs/09_checkpoints.ipynb #1b730fbf
 _published = {(768, 12, 16): 'vit_base_patch16_224', (1024, 24, 16): 'vit_large_patch16_224', (1280, 32, 14): 'vit_huge_patch14_224'}
 
 def _encoder_size(sd, num_heads, what, img_size=None):
@@ -243,7 +243,8 @@ def _encoder_size(sd, num_heads, what, img_size=None):
     side = int((L - prefix)**.5)
     hw = pair(img_size, 'image size') if img_size else (side*patch,)*2
     if (hw[0]//patch)*(hw[1]//patch) != L - prefix:
-        raise CheckpointError(f"{what} has positions for {L - prefix} patches of {patch} px, which is no grid of {hw[0]} x {hw[1]} px: say its size, img_size=(height, width)")
+        raise CheckpointError(f"{what} has positions for {L - prefix} patches of {patch} px, which is no grid of {hw[0]} x {hw[1]} px: "
+                              "say its size, img_size=(height, width)")
     heads = num_heads or {1280: 16, 1408: 16, 1664: 16}.get(width) or width//64
     if not heads or width % heads: raise CheckpointError(f"{what} has a width of {width}: say how many attention heads it has, num_heads=…")
     depth = 1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.'))
@@ -282,7 +283,7 @@ def guess_layout(
     if {'decode_blocks', 'decode_blocks_1'} & heads or any(k.endswith('.q_bias') for k in state): return 'bootmae'
     return 'dbot' if 'decoder_predp' in heads else 'mae' if 'decoder_pred' in heads else 'timm'
 
-# %% ../nbs/09_checkpoints.ipynb #32b08ac3
+# %% ../nbs/09_checkpoints.ipynb #2dc34bb6
 def misfit(
     own:dict, # State dict of a model
     state:dict, # State dict of a file
@@ -295,10 +296,11 @@ def misfit(
 
 def _encoder_part(state): return {k.removeprefix('encoder.'): v for k,v in state.items() if k.startswith('encoder.')}
 
+def _learnt(model): return {k: v for k,v in model.state_dict().items() if k.split('.')[0] in ('encoder', 'decoders')}
+
 def _load_exactly(model, state, what):
     "Load everything but the teacher, or say what does not fit and change nothing"
-    own = {k: v for k,v in model.state_dict().items() if not k.startswith('teacher.')}
-    wrong = misfit(own, state)
+    wrong = misfit(_learnt(model), state)
     if wrong: raise CheckpointError(f"{what} does not fit a {model.method.name} model: {wrong}")
     model.load_state_dict(state, strict=False)
 
@@ -401,7 +403,7 @@ def _pretrained(name, grid=None, **kw):
         raise CheckpointError(f"{name} cannot be had from timm ({_first_line(e)}). Without a network: fetch its weights where there is one, "
                               "and give timm.create_model(name, checkpoint_path=file)") from e
 
-# %% ../nbs/09_checkpoints.ipynb #80599eea
+# %% ../nbs/09_checkpoints.ipynb #59c741e8
 def load_weights(
     model:MaskedAutoencoder, # Changed in place, or not at all
     weights:str|Path|dict, # A file of ours, of the authors, or of timm; or its content
@@ -411,12 +413,12 @@ def load_weights(
     what = str(weights) if isinstance(weights, str|Path) else 'the state dict'
     parts = read_weights(weights)
     state,layout = parts['model'], guess_layout(parts['model'])
-    own = {k: v for k,v in model.state_dict().items() if not k.startswith('teacher.')}
+    own = _learnt(model)
     if any(k.startswith('encoder.vit.') for k in state): layout = 'bootmae_nb'
     names = layout if layout in _names else 'mae'                                           # timm's encoder has the names of MAE's
     our_name = (lambda k: k) if layout == 'bootmae_nb' else partial(_our_name, method=names)
     rename = partial(authors_to_ours, method=names)
-    ours = {k: v for k,v in state.items() if not k.startswith('teacher.')} if layout == 'bootmae_nb' else rename(state)
+    ours = {k: v for k,v in state.items() if k.split('.')[0] in ('encoder', 'decoders')} if layout == 'bootmae_nb' else rename(state)
     ours = _resampled(ours, own, model)
     part = lambda sd, k: {n: v for n,v in sd.items() if n.startswith(f'decoders.{k}.')}
     kinds = [k for k in model.decoders if decoders is not False and any(not n.endswith('pos_embed') for n in part(ours, k))]
@@ -428,7 +430,8 @@ def load_weights(
     if wrong: raise CheckpointError(f"{what} does not fit this {model.method.name} model: {wrong}. Nothing was loaded")
     new = model.state_dict() | {k: ours[k] for k in want if k not in lost}
     seen = _new_teacher(model, parts.get('teacher', {}) if layout == 'bootmae_nb' else _encoder_part(rename(parts.get('teacher', {}))), new)
-    model.load_state_dict(new | seen)
+    means = {k: state[k] for k in ('feature_mean', 'feature_count') if k in state and k in new and seen and state[k].shape == new[k].shape}
+    model.load_state_dict(new | seen | means)
     missing = [*lost, *(f'decoders.{k}: as it was' for k in model.decoders if k not in kinds)]
     if model.teacher is not None and 'teacher' not in parts: missing.append('teacher: ' + ('a copy of the encoder' if seen else 'as it was'))
     ignored = [k for k in state if our_name(k) in spare]

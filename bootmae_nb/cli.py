@@ -247,14 +247,14 @@ def _free(name, taken):
     "`name`, with a number if it is taken"
     return name if name not in taken else next(n for i in range(2, len(taken) + 3) if (n := f'{name}_{i}') not in taken)
 
-# %% ../nbs/30_cli.ipynb #85a8cbc0
+# %% ../nbs/30_cli.ipynb #e570abff
 @call_parse
 @plain_errors
 def bootmae_convert(
     source:str, # A file or folder of weights, the name of a file that the authors released, or a name of timm's with weights
     out:Path, # File (.safetensors or .pth) or folder to write
     from_layout:str=None, # bootmae, mae, dbot, timm, or bootmae_nb for our own; told from the names in the file if not given
-    to_layout:str='bootmae_nb', # bootmae_nb (one file), hub (a folder for the Hugging Face Hub), timm (a folder, or the weights alone in a .safetensors file), or bootmae, mae, dbot: the authors' names
+    to_layout:str='bootmae_nb', # bootmae_nb (a file), hub (a folder for the Hugging Face Hub), timm (a folder, or a .safetensors file), or the authors' names: bootmae, mae, dbot
     num_heads:int=None, # Attention heads, where the sizes are not those of the published models
     img_size:str=None, # Image size in pixels, height x width such as 96x160, where the authors' layout has a grid that is not square
     ema:bool=False, # Take BootMAE's averaged model
@@ -273,7 +273,8 @@ def bootmae_convert(
     if to_layout == 'bootmae_nb': path = save_model(model, target, source=str(source))
     elif to_layout == 'hub': path = save_pretrained(model, out, overwrite=overwrite)
     elif to_layout == 'timm': path = save_timm(model, out, overwrite=overwrite)
-    elif to_layout != model.method.name and model.decoders: raise ValueError(f"a {model.method.name} model has no place in the layout of {to_layout}: choose --to {model.method.name}")
+    elif to_layout != model.method.name and model.decoders:
+        raise ValueError(f"a {model.method.name} model has no place in the layout of {to_layout}: choose --to {model.method.name}")
     else: path = _write_authors(to_authors(model), out, write_whole)
     print(f'{path}: {to_layout}')
 

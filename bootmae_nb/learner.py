@@ -258,7 +258,7 @@ def fit_stages(self:MimLearner,
     (self.fit_one_cycle if schedule == 'one_cycle' else self.fit_paper)(n_epoch*stages, cbs=L(cbs) + staged, **kw)
     return staged.log
 
-# %% ../nbs/13_learner.ipynb #bac1956b
+# %% ../nbs/13_learner.ipynb #7ddb8bfd
 @patch
 def load(self:MimLearner,
     file, # Name below `path/model_dir`, or a path, as `save` wrote it
@@ -280,6 +280,7 @@ def _as_loaded(model, state):
     "The tensors that the model will have for this file: a teacher like the encoder, if the file's is like that"
     own = model.state_dict()
     if model.method.teacher not in ('frozen', 'external') or not misfit(own, state): return own
-    mine = {k: v for k,v in own.items() if not k.startswith('teacher.')}
-    head = {k: torch.empty(model.encoder.dim*model.method.n_parts, *v.shape[1:], device='meta') for k,v in mine.items() if k.startswith('decoders.features.head.')}
+    mine,dim = {k: v for k,v in own.items() if not k.startswith('teacher.')}, model.encoder.dim*model.method.n_parts
+    head = {k: torch.empty(dim, *v.shape[1:], device='meta') for k,v in mine.items() if k.startswith('decoders.features.head.')}
+    head['feature_mean'] = torch.empty(len(mine['feature_mean']), dim, device='meta')
     return mine | head | {f"teacher.{k.removeprefix('encoder.')}": v for k,v in mine.items() if k.startswith('encoder.')}

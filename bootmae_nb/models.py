@@ -104,7 +104,7 @@ def get_method(
         raise ValueError(f"teacher_depth={row.teacher_depth} is for a frozen teacher with random weights, but teacher={row.teacher!r}: set teacher='frozen'")
     return row if 'features' in row.targets else replace(row, teacher=None)
 
-# %% ../nbs/06_models.ipynb #42d70deb
+# %% ../nbs/06_models.ipynb #0810011a
 class MaskedAutoencoder(nn.Module):
     "Encoder on the visible patches, decoders that predict the hidden ones, and a teacher that makes the feature target"
     def __init__(self,
@@ -117,6 +117,14 @@ class MaskedAutoencoder(nn.Module):
         self.encoder,self.decoders,self.method = encoder, nn.ModuleDict(decoders), method
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.config,self.report = {},None
+        self.reset_feature_mean()
+
+    def reset_feature_mean(self):
+        "Forget the mean of the feature target at each place, which training keeps and pictures subtract"
+        if 'features' not in self.decoders: return
+        L,head = self.encoder.grid[0]*self.encoder.grid[1], self.decoders['features'].head
+        self.register_buffer('feature_mean', torch.zeros(L, head.out_features, device=head.weight.device))
+        self.register_buffer('feature_count', torch.zeros(L, dtype=torch.long, device=head.weight.device))
 
     @property
     def grid(self): return self.encoder.grid
@@ -373,7 +381,7 @@ def encoder_only(
     res.config = dict(model.config, teacher=None, method=asdict(row))
     return res.eval()
 
-# %% ../nbs/06_models.ipynb #c69d398f
+# %% ../nbs/06_models.ipynb #173aaf6c
 def teach_self(
     model:MaskedAutoencoder, # A model with a feature decoder; changed in place
 ) -> bool: # Whether the feature head is a new one, not initialised yet, because its width changed
@@ -385,6 +393,7 @@ def teach_self(
     if resized: model.decoders['features'].head = nn.Linear(head.in_features, dim, device=head.weight.device)
     model.teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()
     model.method,model.config = row, dict(model.config, teacher=None, method=asdict(row))
+    model.reset_feature_mean()
     return resized
 
 # %% ../nbs/06_models.ipynb #610ec25e
@@ -398,7 +407,7 @@ def next_stage(
     model.encoder.load_state_dict(fresh.encoder.state_dict()); model.decoders.load_state_dict(fresh.decoders.state_dict())
     return resized
 
-# %% ../nbs/06_models.ipynb #1f82a571
+# %% ../nbs/06_models.ipynb #a34db20f
 def set_teacher(
     model:MaskedAutoencoder, # A model with a feature decoder; changed in place
     teacher:nn.Module, # A `MaskedAutoencoder` (its encoder), an `Encoder` or a timm model; copied
@@ -416,6 +425,7 @@ def set_teacher(
         with own_seed(0): head = nn.Linear(head.in_features, dim); init_weights(head)
         model.decoders['features'].head = head.to(device)
     model.teacher,model.method = new.to(device), row
+    model.reset_feature_mean()
     model.config = dict(model.config, teacher=about, method=asdict(row))
     return model
 

@@ -6,7 +6,7 @@
 __all__ = ['recipes', 'Recipe', 'recipe', 'recipe_learner']
 
 # %% ../nbs/14_recipes.ipynb #fb1c21b8
-import difflib, math, warnings
+import difflib, math
 from dataclasses import dataclass, fields, replace
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders

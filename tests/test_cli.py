@@ -162,7 +162,8 @@ def test_two_stages_leave_two_encoders(folder, tmp_path):
 
 
 def test_a_recipe_is_printed_and_followed_and_weights_are_taken(trained, folder, tmp_path):
-    done = run('bootmae-train', folder, *small, '--recipe', 'bootmae_base_800', '--epochs', 2, '--crops', 2, '--lr', 1e-4, '--weights', trained[0]/'model.safetensors', '--out', tmp_path/'o')
+    done = run('bootmae-train', folder, *small, '--recipe', 'bootmae_base_800', '--epochs', 2, '--crops', 2, '--lr', 1e-4,
+               '--weights', trained[0]/'model.safetensors', '--out', tmp_path/'o')
     assert done.returncode == 0, done.stderr
     assert 'bootmae_base_800' in done.stdout and '2 epochs' in done.stdout and 'cosine to' in done.stdout
     about = json.loads((tmp_path/'o'/'model.json').read_text())

@@ -12,7 +12,6 @@ from bootmae_nb import recipes as module
 from bootmae_nb.callbacks import MomentumTeacher
 from bootmae_nb.data import CropImage, mim_dls
 from bootmae_nb.checkpoints import load_model
-from bootmae_nb.learner import MimLearner
 from bootmae_nb.recipes import Recipe, recipe, recipe_learner, recipes
 
 base, large, huge = 'vit_base_patch16_224', 'vit_large_patch16_224', 'vit_huge_patch14_224'
