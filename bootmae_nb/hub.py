@@ -309,11 +309,12 @@ def _sizes(model):
             'encoder': f'width {enc.dim}, {enc.depth} blocks, {enc.heads} heads, {"with" if enc.has_cls else "without"} class token',
             **classes, **{f'parameters, {n}': c for n,c in parts.items()}}
 
-# %% ../nbs/10_hub.ipynb #597307f7
+# %% ../nbs/10_hub.ipynb #ccdb7baf
 def _table(rows):
     "A table of two columns"
     return '\n'.join(['| | |', '| --- | --- |'] + [f'| {k} | {v} |' for k,v in rows.items()])
 
+# %% ../nbs/10_hub.ipynb #6c5dda7e
 _card_text = '''# {title}
 
 A vision transformer, pretrained by masked image modelling{paper}

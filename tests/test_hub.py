@@ -393,6 +393,10 @@ def test_progress(tmp_path, capsys, monkeypatch):
         fetch(s.url(), tmp_path/'b', progress=False)
         assert capsys.readouterr() == ('', '')
         monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+        s.cuts = [4_000_000]
+        with pytest.raises(CheckpointError): fetch(s.url(), tmp_path/'c')
+        out = capsys.readouterr()
+        assert out.out == '' and '4.00M/10.2M' in out.err
         fetch(s.url(), tmp_path/'c')
         out = capsys.readouterr()
         assert out.out == '' and '10.2M/10.2M' in out.err
@@ -629,6 +633,7 @@ def fake_hub(monkeypatch, tmp_path):
 def test_from_the_hub(tmp_path, model, fake_hub):
     save_pretrained(model, tmp_path/'repo')
     assert equal(from_pretrained('me/tiny', cache_dir=tmp_path/'cache', device='cpu'), model)
+    with pytest.raises(CheckpointError, match='could not be fetched'): from_pretrained('me/tiny', cache_dir=tmp_path/'none', local_files_only=True)
     assert equal(hub.HubModel.from_pretrained('me/tiny', cache_dir=tmp_path/'cache').held, model)
     with pytest.raises(CheckpointError, match='me/other is no folder here') as e: from_pretrained('me/other', cache_dir=tmp_path/'cache')
     assert '\n' not in str(e.value)
@@ -641,7 +646,8 @@ def test_from_the_hub(tmp_path, model, fake_hub):
 
 def test_another_library_on_the_hub(tmp_path, model, fake_hub):
     save_timm(model, tmp_path/'repo')
-    with pytest.raises(CheckpointError, match='no configuration of ours'): from_pretrained('me/tiny', cache_dir=tmp_path/'cache')
+    with pytest.raises(CheckpointError, match='no configuration of ours') as e: from_pretrained('me/tiny', cache_dir=tmp_path/'cache')
+    assert 'could not be fetched' not in str(e.value)
 
 
 def test_push_that_the_hub_refuses(model, fake_hub):
