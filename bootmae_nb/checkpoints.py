@@ -154,7 +154,7 @@ def authors_to_ours(
         res['decoders.features.pos_embed'] = res['encoder.vit.pos_embed']        # the predictor has the encoder's width and positions
     return res
 
-# %% ../nbs/09_checkpoints.ipynb #4eb93375
+# %% ../nbs/09_checkpoints.ipynb #c63c7375
 def to_authors(
     model:MaskedAutoencoder, # A model of one of the three methods
     decoders:bool=True, # With the decoders; False = the encoder alone
@@ -163,7 +163,7 @@ def to_authors(
     method,res = model.method.name, {}
     if method not in _names: raise ValueError(f"method {method!r} has no layout of its authors: choose one of {', '.join(_names)}")
     for k,v in model.state_dict().items():
-        if k.split('.')[0] not in ('encoder', 'decoders') or k.startswith('decoders.') and not decoders or method == 'bootmae' and k == 'decoders.features.pos_embed': continue
+        if not k.startswith(('encoder.', 'decoders.') if decoders else 'encoder.') or (method, k) == ('bootmae', 'decoders.features.pos_embed'): continue
         name = _their_name(k, method)
         if method == 'bootmae' and k == 'decoders.pixels.head.weight': v = v.reshape(*model.patch_size, model.in_chans, -1).permute(3, 2, 0, 1)
         if method == 'bootmae' and k == 'decoders.pixels.head.bias':

@@ -247,14 +247,14 @@ def _free(name, taken):
     "`name`, with a number if it is taken"
     return name if name not in taken else next(n for i in range(2, len(taken) + 3) if (n := f'{name}_{i}') not in taken)
 
-# %% ../nbs/30_cli.ipynb #e570abff
+# %% ../nbs/30_cli.ipynb #266c3afe
 @call_parse
 @plain_errors
 def bootmae_convert(
     source:str, # A file or folder of weights, the name of a file that the authors released, or a name of timm's with weights
     out:Path, # File (.safetensors or .pth) or folder to write
     from_layout:str=None, # bootmae, mae, dbot, timm, or bootmae_nb for our own; told from the names in the file if not given
-    to_layout:str='bootmae_nb', # bootmae_nb (a file), hub (a folder for the Hugging Face Hub), timm (a folder, or a .safetensors file), or the authors' names: bootmae, mae, dbot
+    to_layout:str='bootmae_nb', # bootmae_nb (a file), hub (a folder for the Hub), timm (a folder, or a .safetensors file), or the authors' names: bootmae, mae, dbot
     num_heads:int=None, # Attention heads, where the sizes are not those of the published models
     img_size:str=None, # Image size in pixels, height x width such as 96x160, where the authors' layout has a grid that is not square
     ema:bool=False, # Take BootMAE's averaged model

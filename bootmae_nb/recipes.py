@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipes', 'Recipe', 'recipe', 'recipe_learner']
 
-# %% ../nbs/14_recipes.ipynb #fb1c21b8
+# %% ../nbs/14_recipes.ipynb #e24f7b3a
 import difflib, math
 from dataclasses import dataclass, fields, replace
 from fastai.callback.training import GradientAccumulation, GradientClip

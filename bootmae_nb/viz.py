@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['fit_image', 'model_input', 'to_stats', 'from_stats', 'to_pil', 'mask_for', 'fill_patches', 'predicted_patches',
            'reconstruction_parts', 'contact_sheet', 'reconstruction_sheet', 'reconstruct', 'PCABasis', 'pca_basis',
-           'pca_rgb', 'feature_parts', 'feature_sheet', 'plot_losses']
+           'pca_rgb', 'feature_parts', 'feature_sheet', 'plot_losses', 'View', 'feature_mean', 'similarity_map',
+           'overlay']
 
-# %% ../nbs/11_viz.ipynb #b50552d9
+# %% ../nbs/11_viz.ipynb #f4c9d216
 from dataclasses import dataclass
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from .images import open_image
-from .models import MaskedAutoencoder, plain
+from fastcore.basics import patch
+from .images import open_image, sample_photo, sample_photos
+from .masking import weight_map
+from .models import MaskedAutoencoder, evaluating, plain
 from .patches import denormalise, mask_order, pair, patch_stats, patchify, take, unpatchify
-from .targets import norm_feature
+from .targets import feature_target, norm_feature
 
 # %% ../nbs/11_viz.ipynb #1a129fd2
 def fit_image(
@@ -174,7 +178,7 @@ def reconstruction_sheet(
     parts = reconstruction_parts(model, images, mask, pixels, put_back)
     return contact_sheet([[to_pil(o) for o in row] for row in zip(*parts.values())], list(parts), height)
 
-# %% ../nbs/11_viz.ipynb #f42a4aed
+# %% ../nbs/11_viz.ipynb #b54f1262
 def reconstruct(
     model:MaskedAutoencoder, # A model that predicts pixels
     image, # PIL image, path, array, or tensor `(C, H, W)` with values from 0 to 1; or a list of them
@@ -185,9 +189,7 @@ def reconstruct(
 ) -> Image.Image: # A row for each image: image, masked input, prediction, prediction pasted into the image
     "Hide a part of an image and let the model fill it in"
     images = torch.cat([model_input(model, o) for o in (image if isinstance(image, list|tuple) else [image])])
-    was = model.training
-    try: return reconstruction_sheet(model.eval(), images, mask_for(model, mask, len(images), seed), None, put_back, height)
-    finally: model.train(was)
+    with evaluating(model): return reconstruction_sheet(model, images, mask_for(model, mask, len(images), seed), None, put_back, height)
 
 # %% ../nbs/11_viz.ipynb #9c5069fa
 @dataclass(frozen=True)
@@ -253,13 +255,13 @@ def pca_rgb(
     x = torch.where(size > 0, (x - basis.low)/torch.where(size > 0, size, 1.), .5).clamp(0, 1)
     return x.float().mT.reshape(len(x), 3, h, w)
 
-# %% ../nbs/11_viz.ipynb #0b0c981a
+# %% ../nbs/11_viz.ipynb #1dcc2a5a
 def _feature_pair(model, images, mask, features):
     "The normalised target of all patches `(B, L, D)` and the prediction for the hidden ones `(B, M, D)`, as the loss compares them"
-    norm,cls = model.method.norm_features, int(model.decoders['features'].with_cls)
-    targ = norm_feature(model.teacher_features(images), norm)
+    row,cls = model.method, int(model.decoders['features'].with_cls)
+    targ = feature_target(model.teacher_features(images), row)
     pred = model(images, mask)['features'] if features is None else plain(features)
-    return targ[:, cls:].cpu(), (norm_feature(pred) if norm == 'layer' else pred.float())[:, cls:].cpu()
+    return targ[:, cls:].cpu(), (norm_feature(pred, 'layer', row.n_parts) if row.norm_features == 'layer' else pred.float())[:, cls:].cpu()
 
 # %% ../nbs/11_viz.ipynb #a422cab8
 @torch.no_grad()
@@ -284,7 +286,7 @@ def feature_parts(
         k: o.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
         for k,o in {'teacher less place mean' if per_place else 'teacher': targ, 'predicted (rest faded)': pasted}.items()}
 
-# %% ../nbs/11_viz.ipynb #575ea82c
+# %% ../nbs/11_viz.ipynb #ea110ab8
 def feature_sheet(
     model:MaskedAutoencoder, # A model that predicts features
     images:Tensor, # `(B, C, H, W)`, in the model's input statistics
@@ -294,9 +296,7 @@ def feature_sheet(
     height:int|None=None, # Height of each image in pixels; `None` = as it is, but at least 128
 ) -> Image.Image: # One row for each image
     "A batch as rows: image, masked input, the teacher's features as colours, the prediction in the same colours"
-    was = model.training
-    try: parts = feature_parts(model.eval(), images, mask, features, per_place)
-    finally: model.train(was)
+    with evaluating(model): parts = feature_parts(model, images, mask, features, per_place)
     h,w = model.img_size; height = height or max(h, 128)
     sharp = lambda im: im.resize((round(w*height/h), height), Image.Resampling.NEAREST)      # patches keep their edges
     rows = [[to_pil(im), to_pil(seen), sharp(to_pil(targ)), sharp(to_pil(pred))] for im,seen,targ,pred in zip(*parts.values())]
@@ -322,3 +322,174 @@ def plot_losses(
         ax.annotate(f' {kept[-1][1]:.3g}', kept[-1], color=colour[part], fontsize=8, va='center')
     ax.set(xlabel='epoch', ylabel='loss'); ax.legend(frameon=False); ax.spines[['top', 'right']].set_visible(False)
     return ax
+
+# %% ../nbs/11_viz.ipynb #c8be50c8
+class View:
+    "One image as one model sees it under one mask; each thing is computed once"
+    def __init__(self,
+        model:MaskedAutoencoder, # The model; stays as it is
+        image, # PIL image, path, array, or tensor `(C, H, W)` with values from 0 to 1
+        mask=None, # See `mask_for`
+        seed:int=0, # Seed of a random mask
+    ):
+        self.model,self.x = model, model_input(model, image)
+        self.mask,self._image,self._masked = mask_for(model, mask, 1, seed), {}, {}
+
+    def with_mask(self, mask=None, seed=0):
+        "The same image under another mask; shares what does not depend on it"
+        res = object.__new__(View)
+        res.model,res.x,res._image,res.mask,res._masked = self.model, self.x, self._image, mask_for(self.model, mask, 1, seed), {}
+        return res
+
+    def _once(self, store, name, f):
+        if name not in store:
+            with evaluating(self.model): store[name] = f()
+        return store[name]
+
+    @property
+    def grid(self): return self.model.grid
+    @property
+    def out(self): return self._once(self._masked, 'out', lambda: self.model(self.x, self.mask, all_tokens=True))
+    @property
+    def has_pixels(self): return 'pixels' in self.model.decoders
+    @property
+    def has_features(self): return 'features' in self.model.decoders and self.model.teacher is not None
+    @property
+    def picture(self): return self._once(self._image, 'picture', lambda: to_pil(from_stats(self.model, self.x)[0]))
+
+# %% ../nbs/11_viz.ipynb #4a85ed7c
+def _need(view, what):
+    if not getattr(view, f'has_{what}'):
+        raise ValueError(f"this {view.model.method.name} model predicts {', '.join(view.model.decoders) or 'nothing'}: this picture needs a model "
+                         + ('with a pixel decoder' if what == 'pixels' else 'with a feature decoder and a teacher'))
+
+@patch
+def parts(self:View) -> dict: # Title -> PIL image
+    "Image, masked input, prediction, and both together"
+    _need(self, 'pixels')
+    make = lambda: reconstruction_parts(self.model, self.x, self.mask, self.out['pixels'][:, self.mask[0]])
+    return {k: to_pil(v[0]) for k,v in self._once(self._masked, 'parts', make).items()}
+
+@patch
+def masked(self:View) -> Image.Image:
+    "What the encoder sees: hidden patches are grey"
+    return to_pil(fill_patches(from_stats(self.model, self.x), self.mask, .5, self.model.patch_size)[0])
+
+@patch
+def error(self:View) -> Tensor: # `(rows, columns)`, on a scale of 0 to 1; 0 where nothing was hidden
+    "Root mean squared error of each hidden patch, on the scale of the pixels"
+    _need(self, 'pixels')
+    make = lambda: reconstruction_parts(self.model, self.x, self.mask, self.out['pixels'][:, self.mask[0]])
+    diff = self._once(self._masked, 'parts', make)
+    err = patchify((diff['pasted in'] - diff['image']), self.model.patch_size).square().mean(-1).sqrt()
+    return (err*self.mask).reshape(self.grid).cpu()
+
+@patch
+def weights(self:View) -> Tensor: # `(rows, columns)`, 0 to 2
+    "How much each patch counts in the loss"
+    w = weight_map(self.mask, self.grid) if self.model.method.weighted else self.mask.float()
+    return w.reshape(self.grid).cpu()
+
+# %% ../nbs/11_viz.ipynb #b239c822
+@torch.no_grad()
+def feature_mean(
+    model:MaskedAutoencoder, # A model with a teacher
+) -> Tensor: # `(L, D)`
+    "Mean of the feature target at each place: as training kept it, else over the packaged photographs"
+    if not model.feature_count.any():
+        with evaluating(model):
+            total = sum(feature_target(model.teacher_features(model_input(model, sample_photo(p.name))), model.method)[0] for p in sample_photos())
+        mean = total[-len(model.feature_mean):]/len(sample_photos())
+        model.feature_mean.copy_(mean); model.feature_count.fill_(1)
+    return model.feature_mean
+
+# %% ../nbs/11_viz.ipynb #15c311fc
+@patch
+def target(self:View, centred:bool=True) -> Tensor: # `(L, D)`
+    "The teacher's normalised features, without the mean of each place if `centred`"
+    _need(self, 'features')
+    make = lambda: feature_target(self.model.teacher_features(self.x), self.model.method)[0, -self.mask.shape[1]:]
+    x = self._once(self._image, 'target', make)
+    return x - feature_mean(self.model) if centred else x
+
+@patch
+def predicted(self:View, centred:bool=True) -> Tensor: # `(L, D)`
+    "The predicted features, normalised as in the loss; meant for hidden patches, visible ones carry no loss"
+    _need(self, 'features')
+    row,x = self.model.method, self.out['features'][0, -self.mask.shape[1]:].float()
+    x = norm_feature(x, 'layer', row.n_parts) if row.norm_features == 'layer' else x
+    return x - feature_mean(self.model) if centred else x
+
+@patch
+def similarity(self:View, centred:bool=True) -> Tensor: # `(rows, columns)`, -1 to 1
+    "Cosine between predicted and teacher's features at each patch"
+    return F.cosine_similarity(self.predicted(centred), self.target(centred), dim=-1).clamp(-1, 1).reshape(self.grid).cpu()
+
+@patch
+def query(self:View,
+    patch:int, # The patch to ask for, in raster order
+    by:str='teacher', # Whose feature of that patch: 'teacher' or 'predicted'
+    centred:bool=True, # Without the mean of each place
+) -> Tensor: # `(rows, columns)`, -1 to 1
+    "Cosine between one patch's feature and the teacher's features of all patches"
+    L = self.mask.shape[1]
+    if not 0 <= patch < L: raise ValueError(f"patch {patch} does not exist: the image has {L} patches, 0 to {L - 1}")
+    if by not in ('teacher', 'predicted'): raise ValueError(f"by={by!r} is unknown: choose 'teacher' or 'predicted'")
+    q = (self.target if by == 'teacher' else self.predicted)(centred)[patch]
+    return F.cosine_similarity(q[None], self.target(centred), dim=-1).clamp(-1, 1).reshape(self.grid).cpu()
+
+# %% ../nbs/11_viz.ipynb #5e6162d4
+def similarity_map(
+    model:MaskedAutoencoder, # A model that predicts features and has a teacher
+    image, # PIL image, path, array, or tensor `(C, H, W)` with values from 0 to 1
+    mask=None, # See `mask_for`
+    seed:int=0, # Seed of a random mask
+    centred:bool=True, # Without the mean feature of each place; False = the raw cosine
+) -> Tensor: # `(rows, columns)`, -1 to 1
+    "How alike predicted features and the teacher's are, patch by patch"
+    return View(model, image, mask, seed).similarity(centred)
+
+# %% ../nbs/11_viz.ipynb #1a3af25d
+def overlay(
+    picture:Image.Image, # The image
+    values:Tensor, # `(rows, columns)`
+    low:float=0., # Value of the first colour
+    high:float=1., # Value of the last colour
+    cmap:str|None=None, # Colour map of matplotlib; `None` = 'PuOr' if `low` is negative, else 'cividis'
+    only:Tensor|None=None, # `(rows, columns)`, boolean: draw these patches only, dim the others; `None` = all
+    opacity:float=.75, # Of the map
+    height:int|None=None, # Height of the picture in pixels
+    legend:bool=True, # Draw the scale beside it
+    mark:int|None=None, # A patch to outline
+) -> Image.Image:
+    "A map of patches drawn over an image, with its scale"
+    h = height or max(picture.height, 224); size = round(picture.width*h/picture.height), h
+    base = picture.convert('RGB').resize(size, Image.Resampling.BICUBIC)
+    colours = matplotlib.colormaps[cmap or ('PuOr' if low < 0 else 'cividis')]
+    share = ((plain(values).detach().float().cpu().numpy() - low)/((high - low) or 1)).clip(0, 1)
+    grow = lambda a: Image.fromarray((a*255).round().astype('uint8')).resize(size, Image.Resampling.NEAREST)
+    alpha = np.full(share.shape, opacity) if only is None else np.where(np.asarray(only.cpu()), opacity, 0.)
+    if only is not None: base = Image.blend(base, Image.new('RGB', size, 'white'), .55)
+    base.paste(grow(colours(share)[..., :3]), (0, 0), grow(alpha))
+    if mark is not None: _outline(base, mark, share.shape)
+    return _with_scale(base, colours, low, high) if legend else base
+
+# %% ../nbs/11_viz.ipynb #277188cc
+def _outline(im, patch, grid):
+    "Outline a patch, white around black"
+    h,w = im.height/grid[0], im.width/grid[1]
+    y,x = divmod(patch, grid[1])
+    box = [round(x*w), round(y*h), round((x + 1)*w) - 1, round((y + 1)*h) - 1]
+    draw = ImageDraw.Draw(im)
+    draw.rectangle([box[0] - 3, box[1] - 3, box[2] + 3, box[3] + 3], outline='white', width=3); draw.rectangle(box, outline='black', width=2)
+
+def _with_scale(im, colours, low, high, width=54):
+    "A picture with its colour scale at the right"
+    res = Image.new('RGB', (im.width + width, im.height), 'white'); res.paste(im)
+    bar = colours(np.linspace(1, 0, im.height - 24))[:, None, :3].repeat(12, 1)
+    res.paste(Image.fromarray((bar*255).round().astype('uint8')), (im.width + 6, 12))
+    draw,font = ImageDraw.Draw(res), ImageFont.load_default(size=12)
+    for v in (high, (low + high)/2, low):
+        y = 12 + (high - v)/((high - low) or 1)*(im.height - 25)
+        draw.text((im.width + 21, y), f'{v:.2g}', 'black', font, anchor='lm')
+    return res
