@@ -9,6 +9,7 @@ from bootmae_nb.callbacks import StagedTeacher
 from bootmae_nb.checkpoints import load_model
 from bootmae_nb.data import mim_dls
 from bootmae_nb.learner import mim_learner
+from bootmae_nb.models import mim_model, next_stage
 from bootmae_nb.vit import make_encoder
 
 tiny = dict(arch='vit_tiny_patch16_224', width=48, depth=2, heads=3, patch_size=8, feature_width=32, feature_depth=2, feature_heads=4, method='dbot')
@@ -146,3 +147,15 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="need a teacher that does not move"): quietly(boot, 'fit_stages', 1)
     with pytest.raises(ValueError, match='3 stages do not fit into 2 epochs'): quietly(learner(tmp_path), 'fit_one_cycle', 2, cbs=StagedTeacher(3))
     with pytest.raises(ValueError, match='schedule'): learner(tmp_path).fit_stages(1, schedule='cosine')
+
+
+def test_the_new_student_depends_on_seed_and_stage_alone():
+    "Not on the global generator, nor on the process: so all ranks get the same one"
+    ends = []
+    for noise,seed in ((1, 5), (2, 5), (1, 6)):
+        model = mim_model(img_size=32, seed=0, **tiny)
+        torch.manual_seed(noise); before = torch.get_rng_state()
+        next_stage(model, seed)
+        assert torch.equal(before, torch.get_rng_state())
+        ends.append(state(model))
+    assert equal(ends[0], ends[1]) and not equal(ends[0], ends[2])
