@@ -127,6 +127,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'bootmae_nb.checkpoints._encoder_size': ( 'checkpoints.html#_encoder_size',
                                                                                   'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints._first_line': ('checkpoints.html#_first_line', 'bootmae_nb/checkpoints.py'),
+                                        'bootmae_nb.checkpoints._grid_of': ('checkpoints.html#_grid_of', 'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints._learnt': ('checkpoints.html#_learnt', 'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints._load_exactly': ( 'checkpoints.html#_load_exactly',
                                                                                   'bootmae_nb/checkpoints.py'),

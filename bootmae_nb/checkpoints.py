@@ -214,12 +214,23 @@ def read_file(
     if not isinstance(res, dict): raise CheckpointError(f"{path} holds a {type(res).__name__}, not a dict of weights")
     return res
 
-# %% ../nbs/09_checkpoints.ipynb #e00b9e06
+# %% ../nbs/09_checkpoints.ipynb #50fa2cc5
+def _grid_of(path, tensors):
+    "Rows and columns of patches, which only our own files tell"
+    with safe_open(path, 'pt') as f: config = (f.metadata() or {}).get('config')
+    if config is None: return {}
+    patch = tensors['encoder.vit.patch_embed.proj.weight'].shape[-2:]
+    return dict(grid=tuple(s//p for s,p in zip(json.loads(config)['img_size'], patch)))
+
+# %% ../nbs/09_checkpoints.ipynb #8c9dfdd5
 def read_weights(
     weights:str|Path|dict, # A file (.safetensors, or .pth / .pt read without unpickling code), or what is in one
-) -> dict: # 'model' -> state dict, 'teacher' -> state dict if there is one, 'rest' -> names of what else is in the file
+) -> dict: # 'model' -> state dict, 'teacher' -> state dict if there is one, 'rest' -> names of what else is in the file, 'grid' if the file tells
     "The state dicts in a file of weights"
-    if not isinstance(weights, dict): weights = read_file(Path(weights))
+    grid = {}
+    if not isinstance(weights, dict):
+        path = Path(weights); weights = read_file(path)
+        if path.suffix == '.safetensors': grid = _grid_of(path, weights)
     nested = {k: v for k,v in weights.items() if isinstance(v, dict)}
     split = lambda *names: next((nested[n] for n in names if n in nested), None) or {
         k.removeprefix(f'{n}.'): v for n in names for k,v in weights.items() if k.startswith(f'{n}.')}
@@ -228,7 +239,7 @@ def read_weights(
     model = model or {k: v for k,v in weights.items() if isinstance(v, Tensor)}
     clean = lambda sd: {k.removeprefix('module.'): v for k,v in sd.items() if isinstance(v, Tensor)}
     rest = [] if bare else sorted(k for k in weights if k.split('.')[0] not in ('model', 'state_dict', 'module', 'model_ema', 'ema', 'teacher'))
-    return dict(model=clean(model), rest=rest) | (dict(teacher=clean(teacher)) if teacher else {})
+    return grid | dict(model=clean(model), rest=rest) | (dict(teacher=clean(teacher)) if teacher else {})
 
 # %% ../nbs/09_checkpoints.ipynb #1b730fbf
 _published = {(768, 12, 16): 'vit_base_patch16_224', (1024, 24, 16): 'vit_large_patch16_224', (1280, 32, 14): 'vit_huge_patch14_224'}
@@ -403,7 +414,7 @@ def _pretrained(name, grid=None, **kw):
         raise CheckpointError(f"{name} cannot be had from timm ({_first_line(e)}). Without a network: fetch its weights where there is one, "
                               "and give timm.create_model(name, checkpoint_path=file)") from e
 
-# %% ../nbs/09_checkpoints.ipynb #59c741e8
+# %% ../nbs/09_checkpoints.ipynb #3c225165
 def load_weights(
     model:MaskedAutoencoder, # Changed in place, or not at all
     weights:str|Path|dict, # A file of ours, of the authors, or of timm; or its content
@@ -419,7 +430,7 @@ def load_weights(
     our_name = (lambda k: k) if layout == 'bootmae_nb' else partial(_our_name, method=names)
     rename = partial(authors_to_ours, method=names)
     ours = {k: v for k,v in state.items() if k.split('.')[0] in ('encoder', 'decoders')} if layout == 'bootmae_nb' else rename(state)
-    ours = _resampled(ours, own, model)
+    ours = _resampled(ours, own, model, parts.get('grid'))
     part = lambda sd, k: {n: v for n,v in sd.items() if n.startswith(f'decoders.{k}.')}
     kinds = [k for k in model.decoders if decoders is not False and any(not n.endswith('pos_embed') for n in part(ours, k))]
     if decoders is None: kinds = [k for k in kinds if not misfit(part(own, k), part(ours, k))]
@@ -438,7 +449,7 @@ def load_weights(
     model.report = LoadReport(what, layout, [k for k in state if k not in ignored and not k.startswith('teacher.')], ignored + parts['rest'], missing)
     return model.report
 
-# %% ../nbs/09_checkpoints.ipynb #7e2384e2
+# %% ../nbs/09_checkpoints.ipynb #2d7772df
 def _part_of(key): return key.removeprefix('encoder.vit.').split('.')[0]
 
 def _new_teacher(model, given, new):
@@ -447,12 +458,15 @@ def _new_teacher(model, given, new):
     if given and not misfit(model.teacher.state_dict(), given): return {f'teacher.{k}': v for k,v in given.items()}
     return {f"teacher.{k.removeprefix('encoder.')}": v for k,v in new.items() if k.startswith('encoder.')} if model.method.teacher == 'momentum' else {}
 
-def _resampled(ours, own, model):
-    "Positions for the model's grid, and no decoder positions of another one"
+def _resampled(ours, own, model, grid=None):
+    "Positions for the model's grid, and no decoder positions of another one; a file that does not tell its grid has a square one"
     key,enc = 'encoder.vit.pos_embed', model.encoder
-    if key not in ours or key not in own or ours[key].shape == own[key].shape or ours[key].shape[-1] != own[key].shape[-1]: return ours
+    if key not in ours or ours[key].shape[-1] != own[key].shape[-1]: return ours
     n = 0 if enc.vit.no_embed_class else enc.n_prefix
-    pos = resample_abs_pos_embed(ours[key], enc.grid, num_prefix_tokens=n)
+    L = ours[key].shape[1] - n
+    grid = grid or (enc.grid if L == enc.grid[0]*enc.grid[1] else (round(L**.5),)*2)
+    if grid == enc.grid or grid[0]*grid[1] != L: return ours
+    pos = resample_abs_pos_embed(ours[key], enc.grid, grid, n)
     return {k: own.get(k, v) if k.startswith('decoders.') and k.endswith('pos_embed') else v for k,v in ours.items()} | {key: pos}
 
 # %% ../nbs/09_checkpoints.ipynb #78f5ed28

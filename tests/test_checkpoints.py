@@ -227,6 +227,19 @@ def test_positions_are_resampled_to_another_grid_and_patches_are_not():
     with pytest.raises(CheckpointError, match='misshapen'): load_weights(made('mae', patch_size=16), to_authors(model))
 
 
+def test_positions_of_a_grid_that_is_not_square_are_resampled_as_what_they_are(tmp_path):
+    "16 patches as 2 x 8 are not 4 x 4: a file of ours tells its grid; along a row of equal values nothing changes"
+    model = made('mae', img_size=(16, 64))
+    pos = torch.zeros(2, 8, 48); pos[1] = 1.
+    model.encoder.vit.pos_embed.data[0, 1:] = pos.reshape(16, 48)
+    save_model(model, tmp_path/'wide')
+    square = made('mae', img_size=(32, 32), seed=2)
+    load_weights(square, tmp_path/'wide.safetensors')
+    rows = square.encoder.vit.pos_embed[0, 1:].reshape(4, 4, 48)
+    assert torch.allclose(rows, rows[:, :1].expand_as(rows), atol=1e-5) and (rows[1:, 0, 0] > rows[:-1, 0, 0]).all()
+    load_weights(made('mae', img_size=(16, 64), seed=3), tmp_path/'wide.safetensors')
+
+
 # our own files with teachers of every kind
 
 def teachers():
