@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/31_all.ipynb #729fa2a6
+# %% ../nbs/31_all.ipynb #8f1d167a
 from .settings import *
 from .patches import *
 from .images import *
@@ -21,6 +21,7 @@ from .viz import *
 from .callbacks import *
 from .learner import *
 from .recipes import *
+from .evaluate import *
 
 # %% ../nbs/31_all.ipynb #0b21c480
 __all__ = [k for k in globals() if not k.startswith('_')]
