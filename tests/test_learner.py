@@ -13,6 +13,7 @@ from fastai.optimizer import SGD
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.augment import Resize
 
+from common import equal, quietly, state
 from bootmae_nb.checkpoints import CheckpointError, save_model
 from bootmae_nb.data import SeededDL, mim_dls
 from bootmae_nb.images import image_files, sample_photo, sample_photos
@@ -31,14 +32,6 @@ tiny = dict(arch='vit_tiny_patch16_224', width=48, depth=2, heads=3, patch_size=
 def photos_learner(bs=8, seed=1, crops=8, img_size=32, **kw):
     dls = mim_dls(img_size=img_size, bs=bs, crops_per_image=crops, num_workers=0, seed=seed, device='cpu')
     return mim_learner(dls, **(tiny | kw))
-
-
-def quietly(learn, verb, *args, **kw):
-    with learn.no_bar(), learn.no_logging(): return getattr(learn, verb)(*args, **kw)
-
-
-def state(m): return {k: v.clone() for k,v in m.state_dict().items()}
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 
 
 class Stop(Callback):

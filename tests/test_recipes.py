@@ -8,6 +8,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
 
+from common import quietly
 from bootmae_nb import recipes as module
 from bootmae_nb.callbacks import MomentumTeacher
 from bootmae_nb.data import CropImage, mim_dls
@@ -28,10 +29,6 @@ def loaders(bs=4, crops=4, **kw):
 def learner(name, dls=None, **kw):
     r = recipe(name)
     return recipe_learner(dls or loaders(), r, **(sizes[r.method] | kw))
-
-
-def quietly(learn, verb, *args, **kw):
-    with learn.no_bar(), learn.no_logging(): return getattr(learn, verb)(*args, **kw)
 
 
 class Rates(Callback):

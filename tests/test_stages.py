@@ -5,6 +5,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_learner
 
+from common import equal, quietly, state
 from bootmae_nb.callbacks import StagedTeacher
 from bootmae_nb.checkpoints import load_model
 from bootmae_nb.data import mim_dls
@@ -18,14 +19,6 @@ tiny = dict(arch='vit_tiny_patch16_224', width=48, depth=2, heads=3, patch_size=
 def learner(tmp_path, **kw):
     dls = mim_dls(img_size=32, bs=8, crops_per_image=4, num_workers=0, seed=1, device='cpu')
     return mim_learner(dls, **tiny | dict(path=tmp_path) | kw)
-
-
-def quietly(learn, verb, *args, **kw):
-    with learn.no_bar(), learn.no_logging(): return getattr(learn, verb)(*args, **kw)
-
-
-def state(m): return {k: v.clone() for k,v in m.state_dict().items()}
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 
 
 class Watch(Callback):
