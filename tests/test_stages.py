@@ -1,4 +1,6 @@
 """dBOT's stages: what teaches whom, that everything starts anew, and that a run repeats itself."""
+import json
+
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
@@ -9,6 +11,7 @@ from common import equal, quietly, state
 from bootmae_nb.callbacks import StagedTeacher
 from bootmae_nb.checkpoints import load_model
 from bootmae_nb.data import mim_dls
+from bootmae_nb.evaluate import KNNProbe
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.models import mim_model, next_stage
 from bootmae_nb.vit import make_encoder
@@ -152,3 +155,11 @@ def test_the_new_student_depends_on_seed_and_stage_alone():
         assert torch.equal(before, torch.get_rng_state())
         ends.append(state(model))
     assert equal(ends[0], ends[1]) and not equal(ends[0], ends[2])
+
+
+def test_a_knn_probe_per_stage_is_logged_and_changes_no_weight(run, tmp_path):
+    x = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0)); y = torch.arange(24) % 3
+    learn = learner(tmp_path)
+    log = quietly(learn, 'fit_stages', 2, stages=2, lr=1e-3, probe=KNNProbe((x[:16], y[:16]), (x[16:], y[16:]), k=3))
+    assert all(0 <= o['knn'] <= 1 for o in log) and json.loads(log[0]['file'].with_suffix('.json').read_text())['knn'] == log[0]['knn']
+    assert equal(state(learn.model), state(run[0].model))
