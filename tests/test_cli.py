@@ -126,7 +126,8 @@ def test_an_earlier_model_is_not_written_over(trained):
 
 def test_an_interrupt_keeps_what_was_learnt(folder, tmp_path):
     out = tmp_path/'cut'
-    p = subprocess.Popen([bin/'bootmae-train', folder, *small, '--epochs', '500', '--out', out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    p = subprocess.Popen([bin/'bootmae-train', folder, *small, '--epochs', '500', '--out', out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # a test run in the background has it ignored
     while not (out/'reconstructions'/'epoch_0001.png').exists(): assert p.poll() is None, p.stderr.read(); time.sleep(.1)
     p.send_signal(signal.SIGINT)
     text,_ = p.communicate(timeout=60)
