@@ -181,30 +181,34 @@ def test_teacher_by_file(trained, folder, tmp_path):
     assert model.method.teacher == 'external' and torch.equal(model.teacher.vit.cls_token, teacher.encoder.vit.cls_token)
 
 
-def test_convert_there_and_back(trained, tmp_path):
-    steps = [('timm', 'vit', 'timm'), ('bootmae', 'theirs.pth', 'bootmae'), ('hub', 'hub', None)]
-    ours = trained[0]/'model.safetensors'
-    model = load_model(ours)
+def test_convert_there_and_back(trained, tmp_path, capsys):
+    model = load_model(trained[0])
     bias = model.decoders['pixels'].head.bias
     bias.data = bias.data.reshape(-1, 3).mean(0).repeat(len(bias)//3)             # the authors' layout has one for each channel
     save_model(model, tmp_path/'even')
-    for to, name, _ in steps:
-        done = run('bootmae-convert', tmp_path/'even.safetensors', tmp_path/name, '--to', to)
-        assert done.returncode == 0, done.stderr
-    back = ['bootmae-convert', tmp_path/'theirs.pth', tmp_path/'again', '--from', 'bootmae', '--to', 'bootmae_nb', '--num-heads', 3]
-    done = run(*back)
-    assert done.returncode == 2 and 'say its size' in done.stderr                 # the grid of this run is 4 x 6
-    done = run(*back, '--img-size', '32x48')
-    assert done.returncode == 0 and 'read as bootmae' in done.stdout
-    again = load_model(tmp_path/'again.safetensors')
-    assert all(torch.equal(v, again.decoders.state_dict()[k]) for k,v in model.decoders.state_dict().items())
+    even = tmp_path/'even.safetensors'
+    done = run('bootmae-convert', even, tmp_path/'vit', '--to', 'timm')             # as a user types it; the rest in this process
+    assert done.returncode == 0, done.stderr
     vit = timm.create_model(f'local-dir:{tmp_path/"vit"}', pretrained=True)
     assert torch.equal(vit.blocks[0].mlp.fc1.weight, model.encoder.vit.blocks[0].mlp.fc1.weight)
+    cli.bootmae_convert(even, tmp_path/'theirs.pth', to_layout='bootmae')
+    cli.bootmae_convert(even, tmp_path/'hub', to_layout='hub')
     again = load_model(tmp_path/'hub')
     assert all(torch.equal(v, again.state_dict()[k]) for k,v in model.state_dict().items())
-    done = run('bootmae-convert', tmp_path/'even.safetensors', tmp_path/'hub', '--to', 'hub')
-    assert done.returncode == 2 and 'is there already' in done.stderr and 'Traceback' not in done.stderr
-    done = run('bootmae-convert', ours, tmp_path/'x', '--to', 'onnx')
-    assert done.returncode == 2 and 'choose one of bootmae_nb' in done.stderr
-    done = run('bootmae-convert', 'vit_nonsense.in1k', tmp_path/'x')
-    assert done.returncode == 2 and 'cannot be had from timm' in done.stderr and not (tmp_path/'x.safetensors').exists()
+    cli.bootmae_convert(tmp_path/'theirs.pth', tmp_path/'again', from_layout='bootmae', num_heads=3, img_size='32x48')
+    again = load_model(tmp_path/'again.safetensors')
+    assert all(torch.equal(v, again.decoders.state_dict()[k]) for k,v in model.decoders.state_dict().items())
+    assert 'read as bootmae' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('args,says', [
+    (dict(out='hub', to_layout='onnx'), 'choose one of bootmae_nb'), (dict(out='there.safetensors'), 'is there already'),
+    (dict(out='x.pth', to_layout='mae'), 'has no place in the layout of mae'), (dict(out='x', source='vit_nonsense.in1k'), 'cannot be had from timm'),
+    (dict(out='x', source='nowhere.pth'), 'nowhere.pth')])
+def test_convert_refuses_in_a_sentence(trained, args, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path); (tmp_path/'there.safetensors').touch()
+    args = dict(source=trained[0]/'model.safetensors') | args
+    with pytest.raises(SystemExit) as e: cli.bootmae_convert(args.pop('source'), Path(args.pop('out')), **args)
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and says in text and len(text.strip().splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ['there.safetensors']
