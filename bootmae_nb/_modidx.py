@@ -266,6 +266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'bootmae_nb.explore.Explorer.drawing': ('explore.html#explorer.drawing', 'bootmae_nb/explore.py'),
                                     'bootmae_nb.explore.Explorer.figure': ('explore.html#explorer.figure', 'bootmae_nb/explore.py'),
                                     'bootmae_nb.explore.Explorer.hidden': ('explore.html#explorer.hidden', 'bootmae_nb/explore.py'),
+                                    'bootmae_nb.explore.Explorer.high': ('explore.html#explorer.high', 'bootmae_nb/explore.py'),
                                     'bootmae_nb.explore.Explorer.masker': ('explore.html#explorer.masker', 'bootmae_nb/explore.py'),
                                     'bootmae_nb.explore.Explorer.name': ('explore.html#explorer.name', 'bootmae_nb/explore.py'),
                                     'bootmae_nb.explore.Explorer.render': ('explore.html#explorer.render', 'bootmae_nb/explore.py'),

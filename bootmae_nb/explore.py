@@ -29,7 +29,7 @@ from .models import MaskedAutoencoder, evaluating, plain
 from .targets import variance_over_images
 from .viz import View, contact_sheet, feature_sheet, mask_for, model_input, overlay, pca_basis, pca_rgb, plot_losses, reconstruction_sheet, to_pil
 
-# %% ../nbs/19_explore.ipynb #b8b3b297
+# %% ../nbs/19_explore.ipynb #56f47ee5
 _esm = r"""
 function render({ model, el }) {
   const root = document.createElement("div"), canvas = document.createElement("canvas"), status = document.createElement("div");
@@ -41,7 +41,7 @@ function render({ model, el }) {
 
   async function load() {
     const data = model.get("image"), turn = ++loads;
-    if (!data || !data.byteLength) return;
+    if (!data || !data.byteLength) { bitmap = null; canvas.width = canvas.width; return; }     // which clears it
     const made = await createImageBitmap(new Blob([data], { type: "image/png" }));
     if (turn === loads) { bitmap = made; draw(); }
   }
@@ -316,15 +316,15 @@ tab_texts = {
     'Colours': 'Patches with the same colour have alike features: the three main directions of variation as red, green and blue.',
     'Compare': 'All models on the very same mask: what they fill in, how wrong it is, and how well they know the features.'}
 
-# %% ../nbs/19_explore.ipynb #891286b2
+# %% ../nbs/19_explore.ipynb #20b4000b
 def to_png(im:Image.Image) -> bytes:
     "A picture as PNG, packed quickly"
     out = BytesIO(); im.save(out, 'png', compress_level=1)
     return out.getvalue()
 
-def _wide(**kw): return dict(layout=W.Layout(width='100%', min_width='0'), style=dict(description_width='88px'), **kw)
+def _wide(**kw): return dict(layout=W.Layout(width='auto', min_width='0'), style=dict(description_width='88px'), **kw)
 
-# %% ../nbs/19_explore.ipynb #a2b5645a
+# %% ../nbs/19_explore.ipynb #eff37006
 class Explorer:
     "What `explore` returns: the widgets, the views behind them, and the same as static pictures"
     def __init__(self,
@@ -333,9 +333,10 @@ class Explorer:
         mask=None, # A kind of mask, an object that makes masks, or a mask; `None` = as the first model's method masks
         seed:int=0, # Seed of the mask
         tab:str='Reconstruction', # The tab to open, a key of `tab_texts`
-        height:int=224, # Of each picture, in pixels
+        size:int=224, # Longer side of each picture, in pixels
     ):
-        self.models,self.images,self.height = named_models(models), named_images(images), height
+        self.models,self.images,self.size = named_models(models), named_images(images), size
+        if mask is not None: mask_for(next(iter(self.models.values())), make_mask(mask) if isinstance(mask, str) else mask)
         self._views,self._masked,self._drawn,self._busy,self._asking,self.by_hand = {}, {}, {}, True, False, False
         self._make_controls(seed); self._make_tabs(tab); self._lay_out(); self._connect()
         self._busy = False
@@ -352,13 +353,14 @@ class Explorer:
         "The widget; where none can be shown, its static twin"
         bundle = self.widget._repr_mimebundle_()
         bundle = bundle[0] if isinstance(bundle, tuple) else bundle
-        return bundle | {'text/plain': repr(self), 'image/png': to_png(self.figure())}
+        try: return bundle | {'text/plain': repr(self), 'image/png': to_png(self.figure())}
+        except (ValueError, RuntimeError, OSError): return bundle | {'text/plain': repr(self)}      # the widget says what is wrong
 
-# %% ../nbs/19_explore.ipynb #a29248f4
+# %% ../nbs/19_explore.ipynb #a097a393
 def explore(
     models, # A `MaskedAutoencoder`, a checkpoint or the folder of a run; or a list, or a dict by name, of two or three of them to compare
     images=None, # `None` = the packaged photographs; an image (PIL, path, array, tensor), a folder, a list, or a dict by name
-    **kw # Further settings of `Explorer`: `mask`, `seed`, `tab`, `height`
+    **kw # Further settings of `Explorer`: `mask`, `seed`, `tab`, `size`
 ) -> Explorer:
     "Look into models in JupyterLab: choose images and masks, hide patches with the mouse, see what the models make of it"
     return Explorer(models, images, **kw)
@@ -384,12 +386,12 @@ def _make_controls(self:Explorer, seed):
 
 _areas = (.08, .31)        # about BootMAE's 16 and 60 of 196 patches; left as they are, its own numbers hold
 
-# %% ../nbs/19_explore.ipynb #a4cfb9e7
+# %% ../nbs/19_explore.ipynb #9a7b05a8
 class Pane:
     "A tab: what one is looking at, a picture, a line of numbers"
     def __init__(self, text):
         self.text,self.numbers = W.HTML(f'<p style="max-width: 80ch; margin: 4px 0; line-height: 1.4">{html.escape(text)}</p>'), W.HTML()
-        self.image = W.Image(format='png', layout=W.Layout(max_width='100%', display='none'))
+        self.image = W.Image(format='png', layout=W.Layout(max_width='100%', align_self='flex-start', display='none'))
 
     def show(self, picture, numbers):
         self.image.value,self.numbers.value,self.image.layout.display = to_png(picture), html.escape(numbers), ''
@@ -430,17 +432,18 @@ def _connect(self:Explorer):
     self.redraw.on_click(lambda _: self.seed.set_trait('value', (self.seed.value + 1) % 10**6))
     self.clear.on_click(lambda _: self.canvas.set_trait('mask', []))
 
-# %% ../nbs/19_explore.ipynb #5d8003b0
+# %% ../nbs/19_explore.ipynb #51b0dd7e
 @patch
-def _say(self:Explorer, text='', bad=False):
+def _say(self:Explorer, text, bad=False):
+    "Add a sentence below the controls"
     role,colour = ('alert', '#c01c28') if bad else ('status', '#1a5fb4')
     style = f'border-left: 4px solid {colour}; padding: 2px 10px; line-height: 1.4; max-width: 100ch; white-space: normal'
-    self.message.value = text and f'<div role="{role}" style="{style}">{html.escape(text)}</div>'
+    self.message.value += f'<div role="{role}" style="{style}">{html.escape(text)}</div>'
 
 @patch
 def _guard(self:Explorer, f):
     "Run a handler; an error becomes a sentence"
-    self._say()
+    self.message.value = ''
     try: f()
     except (ValueError, RuntimeError, OSError, MemoryError) as e:
         self.panes[self.tab].hide(); self._drawn.pop(self.tab, None)
@@ -453,7 +456,7 @@ def _quietly(self:Explorer, f):
     try: return f()
     finally: self._busy = was
 
-# %% ../nbs/19_explore.ipynb #6d5f1c48
+# %% ../nbs/19_explore.ipynb #e0845325
 @patch
 def base(self:Explorer, name:str) -> View:
     "The view of the chosen image by one model; kept for the last dozen"
@@ -476,6 +479,12 @@ def view(self:Explorer) -> View:
     return self.view_by(self.name)
 
 @patch(as_prop=True)
+def high(self:Explorer) -> int:
+    "Height of each picture in pixels"
+    h,w = self.models[self.name].img_size
+    return max(32, round(self.size*h/max(h, w)))
+
+@patch(as_prop=True)
 def hidden(self:Explorer) -> Tensor: # `(rows, columns)`, boolean
     "The mask as it is"
     mask = torch.zeros(self.canvas.n_patches, dtype=torch.bool); mask[self.canvas.mask] = True
@@ -486,29 +495,30 @@ def same_grid(self:Explorer) -> list:
     "Names of the models that can share the mask"
     return [k for k,m in self.models.items() if list(m.grid) == self.canvas.grid]
 
-# %% ../nbs/19_explore.ipynb #b436f17b
+# %% ../nbs/19_explore.ipynb #756ef0cc
 @patch
 def _start(self:Explorer, mask):
     row = self.models[self.name].method
     def preset():
         self.kind.value = mask if isinstance(mask, str) else row.mask
         if row.mask_ratio: self.ratio.value = row.mask_ratio
-    if isinstance(mask, str): make_mask(mask)                    # an unknown kind is named as such
     self._quietly(preset)
     self._scene(None if isinstance(mask, str) else mask)
 
 @patch
 def _scene(self:Explorer, mask=None):
     "Another image or model"
-    base = self.base(self.name); old,new = self.canvas.grid, list(base.grid)
+    try: base = self.base(self.name)
+    except Exception: self.canvas.image = b''; raise
+    old,new = self.canvas.grid, list(base.grid)
     def show():
         self.canvas.image = to_png(base.picture)
         if old != new: self.canvas.clicked,self.canvas.mask = -1, []; self.canvas.grid = new
     self._quietly(show)
     if mask is not None: self._put_mask(mask, by_hand=True)
     elif old != new: self._put_mask(self.masker())
+    if old not in (new, [1, 1]): self._say(f'{self.name} has a grid of {new[0]} x {new[1]} patches, not {old[0]} x {old[1]}: the mask was drawn anew.')
     self._opened()
-    if old != new != [1, 1] != old: self._say(f'{self.name} has a grid of {new[0]} x {new[1]} patches, not {old[0]} x {old[1]}: the mask was drawn anew.')
 
 # %% ../nbs/19_explore.ipynb #02caa6b4
 @patch
@@ -541,7 +551,7 @@ def _tell(self:Explorer):
     shown = {self.ratio: self.kind.value != 'grid', self.area: self.kind.value == 'block', self.cell: self.kind.value == 'grid'}
     for w,on in shown.items(): w.layout.display = '' if on else 'none'
 
-# %% ../nbs/19_explore.ipynb #71d92148
+# %% ../nbs/19_explore.ipynb #912ada9d
 @patch
 def _asked(self:Explorer):
     i = list(self.panes).index('Patch query')
@@ -567,25 +577,25 @@ def _uploaded(self:Explorer):
         names.append(_unique(o['name'], self.images)); self.images[names[-1]] = im
     def choose(keep=self.image.value): self.upload.value,self.image.options,self.image.value = (), list(self.images), (names or [keep])[-1]
     self._quietly(choose)
+    for o in errors: self._say(o, bad=True)
     if names: self._scene()
-    if errors: self._say('. '.join(errors) + '.', bad=True)
 
-# %% ../nbs/19_explore.ipynb #0b598d00
+# %% ../nbs/19_explore.ipynb #458df6e1
 @patch
 def render(self:Explorer,
     tab:str|None=None, # A key of `tab_texts`; `None` = the visible one
 ) -> tuple: # A PIL image, a line of numbers
     "The picture of a tab"
     tab = tab or self.tab; self._check_tab(tab)
-    if tab == 'Patch query': return query_picture(self.view, self.canvas.clicked, self.centred.value, self.height)
+    if tab == 'Patch query': return query_picture(self.view, self.canvas.clicked, self.centred.value, self.high)
     if tab == 'Compare': return self._compare()
-    return _pictures[tab](self.view, self.height)
+    return _pictures[tab](self.view, self.high)
 
 _pictures = {'Reconstruction': reconstruction_picture, 'Error and weight': error_picture, 'Similarity': similarity_picture, 'Colours': pca_picture}
 
 @patch
 def _compare(self:Explorer):
-    picture,numbers = compare_picture({k: self.view_by(k) for k in self.same_grid}, round(.75*self.height))
+    picture,numbers = compare_picture({k: self.view_by(k) for k in self.same_grid}, round(.75*self.high))
     others = [f'{k} ({m.grid[0]} x {m.grid[1]})' for k,m in self.models.items() if k not in self.same_grid]
     if others: numbers += f" This mask is for a grid of {self.canvas.grid[0]} x {self.canvas.grid[1]} patches, so it does not fit {' and '.join(others)}."
     return picture, numbers
@@ -625,13 +635,13 @@ def _stack(parts, margin=10):
         y += h
     return res
 
-# %% ../nbs/19_explore.ipynb #6f90bca4
+# %% ../nbs/19_explore.ipynb #b79b8a40
 @patch
 def drawing(self:Explorer) -> Image.Image:
     "The image with its hidden patches and the patch asked for, as the canvas shows it"
     base = self.base(self.name); covered = base.with_mask(self.hidden).masked()
     both = Image.blend(base.picture, covered, .55 if self.mode.value == 'query' else .9)
-    return overlay(both, torch.zeros(*base.grid), opacity=0., legend=False, mark=None if self.canvas.clicked < 0 else self.canvas.clicked, height=self.height)
+    return overlay(both, torch.zeros(*base.grid), opacity=0., legend=False, mark=None if self.canvas.clicked < 0 else self.canvas.clicked, height=self.high)
 
 @patch
 def figure(self:Explorer,
@@ -639,7 +649,7 @@ def figure(self:Explorer,
 ) -> Image.Image:
     "The state as a static picture: what was hidden, what came of it, in which words"
     tab = tab or self.tab
-    state = contact_sheet([[self.drawing()]], [], self.height)
+    state = contact_sheet([[self.drawing()]], [], self.high)
     try: picture,numbers = self.render(tab)
     except ValueError as e: picture,numbers = _words('\n'.join(_wrapped(str(e), 520, ImageFont.load_default(size=13))), (560, 80), '#c01c28'), ''
     names = ', '.join(self.models) if tab == 'Compare' else self.name
@@ -697,14 +707,14 @@ def record_figure(
     fig.suptitle(record.sentence, fontsize=9, color='#c01c28' if record.collapsed else '#333')
     return contact_sheet([[o] for o in (_as_image(fig), picture) if o is not None], [], None, 4)
 
-# %% ../nbs/19_explore.ipynb #e9221902
+# %% ../nbs/19_explore.ipynb #c2f71a3e
 def _curve(ax, record, part, first):
     "Each batch pale, each epoch's means on top"
     batches = record.points(f'{part} (training)')
     if batches: ax.plot(*zip(*batches), color='#5e8bbf', alpha=.45, lw=1)
-    plot_losses({o: record.means.get(o, []) for o in (f'{part} (training)', f'{part} (validation)')}, ax, first)
-    if not ax.get_legend_handles_labels()[0] and ax.get_legend(): ax.get_legend().remove()
-    ax.set_title(part, fontsize=10)
+    means = {o: record.means[o] for o in (f'{part} (training)', f'{part} (validation)') if o in record.means}
+    if means: plot_losses(means, ax, first)
+    ax.set(xlabel='epoch', ylabel='loss'); ax.set_title(part, fontsize=10); ax.spines[['top', 'right']].set_visible(False)
 
 def _variance(ax, record):
     ax.plot(*zip(*record.points('variance')), color='#7a5195', lw=1.2)
