@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,7 @@ def go(explorer, tab): explorer.tabs.selected_index = list(explorer.panes).index
 
 
 def upload(explorer, **files):
-    explorer.upload.value = tuple(dict(name=k, type='', size=len(v), content=memoryview(v), last_modified=datetime.now()) for k, v in files.items())
+    explorer.upload.files = list(files.items())
 
 
 # state
@@ -222,10 +221,11 @@ def test_uploads_go_through_the_one_opener(explorer):
     good = io.BytesIO(); Image.fromarray(np.full((30, 40), 40000, np.uint16)).save(good, 'png')
     before = explorer.image.value
     upload(explorer, **{'<b>.png': b'hello, this is text', 'none.jpg': b''})
-    assert explorer.image.value == before and explorer.upload.value == ()
+    assert explorer.image.value == before and explorer.upload.files == []
     assert '&lt;b&gt;.png holds text, not an image' in explorer.message.value and 'none.jpg is empty' in explorer.message.value
     upload(explorer, **{'coffee': good.getvalue(), 'bad.png': good.getvalue()[:60]})
     assert explorer.image.value == 'coffee (2)' and 'bad.png' in explorer.message.value
+    explorer.upload.files = [('huge.png', None)]; assert 'huge.png has more than 64 MB' in explorer.message.value and explorer.image.value == 'coffee (2)'
     assert abs(int(np.asarray(explorer.view.picture)[0, 0, 0]) - 40000/257) < 2
 
 
@@ -367,6 +367,11 @@ def test_finding_a_learning_rate_is_not_watched(training, displayed):
     assert not displayed and not cb.record.values
 
 
+def test_another_learner_is_refused(training):
+    learn = training(); learn.loss_func = torch.nn.MSELoss()
+    with pytest.raises(TypeError, match='watch needs a learner of mim_learner'): ex.watch(learn)
+
+
 def test_a_collapse_is_seen():
     record = ex.Record(.1)
     for i, v in enumerate([.5, .3, .05]): record.add('variance', i, torch.tensor(v))
@@ -437,12 +442,10 @@ def test_in_jupyterlab(tmp_path):
         changed(lambda: page.mouse.click(*centre(2, 2)), 'and the mouse draws again'); page.get_by_text('14 of 96 patches hidden').wait_for()
 
         # uploads
-        (tmp_path/'mine.png').write_bytes(explorer_png()); (tmp_path/'text.png').write_text('no image')
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (2000, 2000, 3), np.uint8)).save(tmp_path/'mine.png')      # 12 MB: more than one message may hold
+        (tmp_path/'text.png').write_text('no image')
         with page.expect_file_chooser() as chooser: page.get_by_role('button', name='Upload images').click()
         chooser.value.set_files([tmp_path/'mine.png', tmp_path/'text.png'])
         page.get_by_text('text.png holds text, not an image').wait_for()
         until(lambda: page.get_by_label('Image', exact=True).locator('option:checked').inner_text() == 'mine.png', 'the new image is chosen')
         assert not page.foreign and not page.errors
-
-
-def explorer_png(): return ex.to_png(sample_photo('coffee').resize((90, 60)))
