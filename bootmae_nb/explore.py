@@ -29,7 +29,7 @@ from .models import MaskedAutoencoder, evaluating, plain
 from .targets import variance_over_images
 from .viz import View, contact_sheet, feature_sheet, mask_for, model_input, overlay, pca_basis, pca_rgb, plot_losses, reconstruction_sheet, to_pil
 
-# %% ../nbs/19_explore.ipynb #56f47ee5
+# %% ../nbs/19_explore.ipynb #e7220335
 _esm = r"""
 function render({ model, el }) {
   const root = document.createElement("div"), canvas = document.createElement("canvas"), status = document.createElement("div");
@@ -114,7 +114,7 @@ function render({ model, el }) {
   });
   canvas.addEventListener("focus", draw); canvas.addEventListener("blur", draw);
   model.on("change:image", load);
-  model.on("change:mask", () => { if (paint === null) { hidden = new Set(model.get("mask")); draw(); } });
+  model.on("change:mask", () => { if (paint === null) { hidden = new Set(model.get("mask")); draw(); if (status.textContent) say(cursor); } });
   model.on("change:grid", () => { cursor = Math.min(cursor, grid()[0]*grid()[1] - 1); draw(); });
   for (const name of ["clicked", "mode", "max_width", "label"]) model.on("change:" + name, draw);
   load();
@@ -122,11 +122,14 @@ function render({ model, el }) {
 export default { render };
 """
 
-# %% ../nbs/19_explore.ipynb #2061c314
+# %% ../nbs/19_explore.ipynb #b5cf428a
 _css = """
+.patch-canvas { padding: 4px; }
 .patch-canvas canvas { display: block; width: 100%; touch-action: none; outline: none; border-radius: 2px; box-shadow: 0 0 0 1px #767676; }
 .patch-canvas canvas:focus-visible { box-shadow: 0 0 0 2px white, 0 0 0 4px #1a5fb4; }
 .patch-canvas-status { font: 12px/1.5 system-ui, sans-serif; color: var(--jp-ui-font-color1, #333); min-height: 1.5em; }
+.explorer-tabs > .lm-TabBar .lm-TabBar-content { flex-wrap: wrap; }
+.explorer-tabs > .lm-TabBar .lm-TabBar-tab { flex: 0 0 auto !important; min-width: 0 !important; }
 """
 
 # %% ../nbs/19_explore.ipynb #68203855
@@ -429,7 +432,7 @@ def _make_controls(self:Explorer, seed):
 
 _areas = (.08, .31)        # about BootMAE's 16 and 60 of 196 patches; left as they are, its own numbers hold
 
-# %% ../nbs/19_explore.ipynb #9a7b05a8
+# %% ../nbs/19_explore.ipynb #f65518d6
 class Pane:
     "A tab: what one is looking at, a picture, a line of numbers"
     def __init__(self, text):
@@ -451,12 +454,13 @@ def _make_tabs(self:Explorer, tab):
     self._check_tab(tab)
     boxes = [W.VBox([p.text, *([self.centred] if k == 'Patch query' else []), p.image, p.numbers]) for k,p in self.panes.items()]
     self.tabs = W.Tab(boxes, titles=list(self.panes), selected_index=list(self.panes).index(tab))
+    self.tabs.add_class('explorer-tabs')
 
-# %% ../nbs/19_explore.ipynb #f0e975b8
+# %% ../nbs/19_explore.ipynb #f58a56fc
 @patch
 def _lay_out(self:Explorer):
     row = lambda *o: W.HBox(o, layout=W.Layout(flex_flow='row wrap', align_items='center', grid_gap='4px'))
-    left = W.VBox([self.canvas, row(self.mode, self.clear)], layout=W.Layout(flex='1 1 240px', max_width='344px', min_width='200px'))
+    left = W.VBox([self.canvas, row(self.mode, self.clear)], layout=W.Layout(flex='1 1 240px', max_width='352px', min_width='200px'))
     controls = [row(self.upload), self.image, self.model, self.kind, self.ratio, self.area, self.cell, self.seed, row(self.redraw), self.about]
     if len(self.models) == 1: controls.remove(self.model)
     right = W.VBox(controls, layout=W.Layout(flex='1 1 300px', max_width='460px', min_width='240px'))
