@@ -115,6 +115,32 @@ def test_a_teacher_with_other_statistics_sees_its_own():
     with torch.no_grad(): assert torch.allclose(model.teacher_features(a), mae.encoder(b)[-1][:, 1:], atol=1e-5)
 
 
+@pytest.mark.parametrize('kw', [dict(name='mae', teacher='frozen', teacher_depth=0), dict(name='dbot', targets=('pixels',), teacher_depth=0, pixel_width=32)], ids=str)
+def test_a_model_without_features_comes_back_whatever_was_said_of_its_teacher(kw, tmp_path):
+    model = made(**kw)
+    assert model.method.teacher is None and load_model(save_model(model, tmp_path/'m')).method == model.method
+
+
+def test_statistics_of_a_teacher_for_other_channels_and_by_hand():
+    "timm's grey models tell three channels' statistics; mean and std come together"
+    timm_model = lambda c: timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, in_chans=c, depth=1)
+    for c in (1, 4):
+        model = made('dbot', in_chans=c, teacher=timm_model(c))
+        assert model.config['teacher']['mean'] == [.5]*c and model.teacher_features(torch.rand(2, c, 32, 32)).shape == (2, 17, 192)
+    enc = make_encoder('vit_tiny_patch16_224', 32, patch_size=8, width=48, depth=1, heads=4)
+    for kw in (dict(mean=(.5,)*3), dict(std=(.5,)*3)):
+        with pytest.raises(ValueError, match='give both'): set_teacher(made('dbot'), enc, **kw)
+    model = set_teacher(made('dbot'), timm_model(3), mean=(.4,)*3)
+    assert model.config['teacher']['mean'] == [.4]*3 and model.config['teacher']['std'] == [.5]*3
+    with pytest.raises(ValueError, match='nothing to teach'): made('mae', teacher=enc)
+
+
+def test_a_teacher_without_any_prefix_token():
+    vit = timm.create_model('vit_relpos_small_patch16_224', img_size=64, embed_dim=48, depth=2, num_heads=3)
+    model = made('dbot', teacher=vit)
+    assert not model.method.with_cls and model.teacher_features(torch.rand(2, 3, 32, 32)).shape == (2, 16, 48)
+
+
 def test_raw_pixel_models_are_drawn_raw():
     model = from_authors(to_authors(made('mae')), 'mae', num_heads=4, norm_pixels=False)
     x, mask = torch.randn(2, 3, 32, 32), RandomMask()(2, 4)
