@@ -118,6 +118,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'bootmae_nb.checkpoints.LoadReport': ('checkpoints.html#loadreport', 'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints.LoadReport.__str__': ( 'checkpoints.html#loadreport.__str__',
                                                                                        'bootmae_nb/checkpoints.py'),
+                                        'bootmae_nb.checkpoints._check_layout': ( 'checkpoints.html#_check_layout',
+                                                                                  'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints._check_whole': ( 'checkpoints.html#_check_whole',
                                                                                  'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints._decoder_size': ( 'checkpoints.html#_decoder_size',

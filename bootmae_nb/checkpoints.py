@@ -53,7 +53,7 @@ def tensor_digest(
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
-# %% ../nbs/09_checkpoints.ipynb #3dea3eaf
+# %% ../nbs/09_checkpoints.ipynb #b9599e8c
 def save_model(
     model:MaskedAutoencoder, # The model
     path:str|Path, # The file; ends in `.safetensors` (added if missing)
@@ -63,7 +63,8 @@ def save_model(
     path = Path(path)
     if path.suffix != '.safetensors': path = path.with_name(path.name + '.safetensors')
     tensors = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
-    head = dict(format='bootmae_nb 1', config=json.dumps(model.config), digest=tensor_digest(tensors))
+    config = json.dumps(model.config)
+    head = dict(format='bootmae_nb 1', config=config, digest=tensor_digest(tensors), config_digest=hashlib.sha256(config.encode()).hexdigest())
     write_whole(path, lambda p: save_file(tensors, p, metadata=head))
     about = dict(format=head['format'], version=bootmae_nb.__version__, parameters=count_parameters(model), sha256=file_digest(path), config=model.config, **info)
     write_whole(path.with_suffix('.json'), lambda p: p.write_text(json.dumps(about, indent=2, default=str) + '\n'))
@@ -92,7 +93,7 @@ def load_model(
         raise CheckpointError(f"{path} does not fit this version ({bootmae_nb.__version__}): {str(e).splitlines()[0]}") from e
     return model.to(device).eval()
 
-# %% ../nbs/09_checkpoints.ipynb #30a55268
+# %% ../nbs/09_checkpoints.ipynb #cbe7e84e
 def _read_safetensors(path):
     "Tensors and header of a safetensors file"
     try:
@@ -101,6 +102,8 @@ def _read_safetensors(path):
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not a whole safetensors file ({str(e).splitlines()[0]}): fetch or save it again") from e
     if 'digest' in head and tensor_digest(tensors) != head['digest']: raise CheckpointError(f"{path} is damaged: its tensors do not have the digest they were saved with")
+    if 'config_digest' in head and hashlib.sha256(head.get('config', '').encode()).hexdigest() != head['config_digest']:
+        raise CheckpointError(f"{path} is damaged: its configuration does not have the digest it was saved with")
     return tensors, head
 
 # %% ../nbs/09_checkpoints.ipynb #519d8226
@@ -132,7 +135,7 @@ def _pixel_head(w, b):
     n = w.shape[2]*w.shape[3]
     return w.permute(2, 3, 1, 0).flatten(0, 2), b.repeat(n)
 
-# %% ../nbs/09_checkpoints.ipynb #c1b41fff
+# %% ../nbs/09_checkpoints.ipynb #72e62839
 def authors_to_ours(
     state:dict, # State dict of an authors' model
     method:str, # 'bootmae', 'mae' or 'dbot'
@@ -143,18 +146,29 @@ def authors_to_ours(
         if k.endswith('.v_bias'): continue
         name = _our_name(k, method)
         if k.endswith('.q_bias'):
-            base,vb = name.removesuffix('q_bias'), state[k.removesuffix('q_bias') + 'v_bias']
+            base,vb = name.removesuffix('q_bias'), state.get(k.removesuffix('q_bias') + 'v_bias')
+            if vb is None: continue                                    # whoever loads it finds the fused bias missing
             if '.cross.' in name: res |= {f'{base}q.bias': v, f'{base}kv.bias': torch.cat([torch.zeros_like(vb), vb])}
             else: res[f'{base}qkv.bias'] = torch.cat([v, torch.zeros_like(v), vb])
         else: res[name] = v
     head = 'decoders.pixels.head.'
-    if head + 'weight' in res and res[head + 'weight'].ndim == 4:
+    if {head + 'weight', head + 'bias'} <= res.keys() and res[head + 'weight'].ndim == 4:
         res[head + 'weight'],res[head + 'bias'] = _pixel_head(res[head + 'weight'], res[head + 'bias'])
     if method == 'bootmae' and {'encoder.vit.pos_embed', 'decoders.features.embed.weight'} <= res.keys():
         res['decoders.features.pos_embed'] = res['encoder.vit.pos_embed']        # the predictor has the encoder's width and positions
     return res
 
-# %% ../nbs/09_checkpoints.ipynb #c63c7375
+# %% ../nbs/09_checkpoints.ipynb #cb7c0a73
+def _check_layout(model, method):
+    "Refuse what the layout of a method's authors has no place for"
+    if more := [k for k in model.decoders if k not in _names[method]]:
+        raise ValueError(f"the layout of {method} has no place for a decoder of {more[0]}: to_authors(model, decoders=False) gives the encoder")
+    if method != 'bootmae' or 'features' not in model.decoders: return
+    pos,own = model.encoder.vit.pos_embed, model.decoders['features'].pos_embed
+    if not pos.is_meta and (pos.shape != own.shape or not torch.equal(pos, own)):
+        raise ValueError("the feature decoder has other positions than the encoder, where BootMAE has one table: to_authors(model, decoders=False) gives the encoder")
+
+# %% ../nbs/09_checkpoints.ipynb #0c965140
 def to_authors(
     model:MaskedAutoencoder, # A model of one of the three methods
     decoders:bool=True, # With the decoders; False = the encoder alone
@@ -162,6 +176,7 @@ def to_authors(
     "The inverse of `authors_to_ours`"
     method,res = model.method.name, {}
     if method not in _names: raise ValueError(f"method {method!r} has no layout of its authors: choose one of {', '.join(_names)}")
+    if decoders: _check_layout(model, method)
     for k,v in model.state_dict().items():
         if not k.startswith(('encoder.', 'decoders.') if decoders else 'encoder.') or (method, k) == ('bootmae', 'decoders.features.pos_embed'): continue
         name = _their_name(k, method)
@@ -241,7 +256,7 @@ def read_weights(
     rest = [] if bare else sorted(k for k in weights if k.split('.')[0] not in ('model', 'state_dict', 'module', 'model_ema', 'ema', 'teacher'))
     return grid | dict(model=clean(model), rest=rest) | (dict(teacher=clean(teacher)) if teacher else {})
 
-# %% ../nbs/09_checkpoints.ipynb #1b730fbf
+# %% ../nbs/09_checkpoints.ipynb #7450f305
 _published = {(768, 12, 16): 'vit_base_patch16_224', (1024, 24, 16): 'vit_large_patch16_224', (1280, 32, 14): 'vit_huge_patch14_224'}
 
 def _encoder_size(sd, num_heads, what, img_size=None):
@@ -258,7 +273,7 @@ def _encoder_size(sd, num_heads, what, img_size=None):
                               "say its size, img_size=(height, width)")
     heads = num_heads or {1280: 16, 1408: 16, 1664: 16}.get(width) or width//64
     if not heads or width % heads: raise CheckpointError(f"{what} has a width of {width}: say how many attention heads it has, num_heads=…")
-    depth = 1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.'))
+    depth = 1 + max(int(k.split('.')[1]) for k in sd if re.match(r'blocks\.\d+\.', k))
     return dict(arch=_published.get((width, depth, patch), 'vit_base_patch16_224'), img_size=hw, in_chans=in_chans, patch_size=patch, width=width, depth=depth,
                 heads=heads, mlp_ratio=fc1/width) | ({} if prefix else dict(class_token=False))
 
@@ -349,11 +364,11 @@ def from_authors(
     model.report = _report(parts, state, method, what, model, seen is not None and teacher is None)
     return model.eval()
 
-# %% ../nbs/09_checkpoints.ipynb #67769041
+# %% ../nbs/09_checkpoints.ipynb #16d6e739
 def _rows_of(ours, method, size, inject, norm_pixels):
     "Columns of the method for the tensors of a model, and its classifier if it has one; sizes lose what a classifier replaces"
     kinds = [k for k in ('pixels', 'features') if any(o.startswith(f'decoders.{k}.') and not o.endswith('pos_embed') for o in ours)]
-    rows = dict(targets=tuple(kinds)) | ({} if norm_pixels is None else dict(norm_pixels=norm_pixels))
+    rows = dict(targets=tuple(kinds)) | ({} if norm_pixels in (None, True) else dict(norm_pixels=norm_pixels))
     heads = (lambda w: size['heads']) if method == 'bootmae' else (lambda w: 16 if w == 512 else size['heads'])
     for kind in kinds:
         if f'decoders.{kind}.embed.weight' in ours: rows |= _decoder_size(ours, kind, heads)
@@ -365,10 +380,13 @@ def _rows_of(ours, method, size, inject, norm_pixels):
         rows['classifier'] = dict(num_classes=0 if head is None else head.shape[0], global_pool=pool, fc_norm=pooled)
     return rows
 
-# %% ../nbs/09_checkpoints.ipynb #196cf39e
+# %% ../nbs/09_checkpoints.ipynb #2d79f0ce
 def _teacher_of(parts, teacher, method, num_heads, size):
     "The teacher that was given, or that is in the file; `None` if there is neither"
-    if teacher is not None: return load_teacher(teacher, num_heads=num_heads)
+    if isinstance(teacher, str|Path) and not Path(teacher).is_file() or isinstance(teacher, nn.Module): return load_teacher(teacher)
+    if teacher is not None:
+        proj = read_weights(teacher)['model'].get('patch_embed.proj.weight')                 # `num_heads` is the student's
+        return load_teacher(teacher, num_heads=num_heads if proj is not None and proj.shape[0] == size['width'] else None)
     if 'teacher' not in parts: return None
     keep = {k: v for k,v in parts['teacher'].items() if _our_name(k, method).startswith('encoder.')}
     return from_authors(dict(model=keep), method, num_heads if keep['patch_embed.proj.weight'].shape[0] == size['width'] else None, img_size=size['img_size'])
@@ -414,7 +432,7 @@ def _pretrained(name, grid=None, **kw):
         raise CheckpointError(f"{name} cannot be had from timm ({_first_line(e)}). Without a network: fetch its weights where there is one, "
                               "and give timm.create_model(name, checkpoint_path=file)") from e
 
-# %% ../nbs/09_checkpoints.ipynb #3c225165
+# %% ../nbs/09_checkpoints.ipynb #b46d094e
 def load_weights(
     model:MaskedAutoencoder, # Changed in place, or not at all
     weights:str|Path|dict, # A file of ours, of the authors, or of timm; or its content
@@ -436,7 +454,8 @@ def load_weights(
     if decoders is None: kinds = [k for k in kinds if not misfit(part(own, k), part(ours, k))]
     want = {k: v for k,v in own.items() if k.startswith('encoder.') or k.split('.')[1] in kinds}
     lost = [k for k in want if _part_of(k) == 'norm' and k not in ours]                     # a fine-tuned file has none
-    spare = [k for k in ours if k not in own and _part_of(k) in ('fc_norm', 'head', 'attn_pool', 'decoders') or k in own and k not in want]
+    spare = [k for k in ours if k not in own and (_part_of(k) in ('fc_norm', 'head', 'attn_pool') or k.startswith('decoders.') and k.split('.')[1] not in kinds)
+             or k in own and k not in want]
     wrong = misfit({k: v for k,v in want.items() if k not in lost}, {k: v for k,v in ours.items() if k not in spare})
     if wrong: raise CheckpointError(f"{what} does not fit this {model.method.name} model: {wrong}. Nothing was loaded")
     new = model.state_dict() | {k: ours[k] for k in want if k not in lost}
@@ -444,17 +463,17 @@ def load_weights(
     means = {k: state[k] for k in ('feature_mean', 'feature_count') if k in state and k in new and seen and state[k].shape == new[k].shape}
     model.load_state_dict(new | seen | means)
     missing = [*lost, *(f'decoders.{k}: as it was' for k in model.decoders if k not in kinds)]
-    if model.teacher is not None and 'teacher' not in parts: missing.append('teacher: ' + ('a copy of the encoder' if seen else 'as it was'))
-    ignored = [k for k in state if our_name(k) in spare]
-    model.report = LoadReport(what, layout, [k for k in state if k not in ignored and not k.startswith('teacher.')], ignored + parts['rest'], missing)
+    if model.teacher is not None and not (seen and 'teacher' in parts): missing.append('teacher: ' + ('a copy of the encoder' if seen else 'as it was'))
+    ignored = [k for k in state if our_name(k) in spare or k.startswith(('teacher.', 'feature_')) and k not in seen | means]
+    model.report = LoadReport(what, layout, [k for k in state if k not in ignored], ignored + parts['rest'], missing)
     return model.report
 
-# %% ../nbs/09_checkpoints.ipynb #2d7772df
+# %% ../nbs/09_checkpoints.ipynb #18fbbb1d
 def _part_of(key): return key.removeprefix('encoder.vit.').split('.')[0]
 
 def _new_teacher(model, given, new):
-    "Tensors for the teacher: those given if they fit; else a momentum teacher starts as a copy of the encoder; others stay"
-    if model.teacher is None: return {}
+    "Tensors for the teacher: an external one stays; else those given if they fit; else a momentum teacher starts as a copy of the encoder"
+    if model.teacher is None or model.method.teacher == 'external': return {}
     if given and not misfit(model.teacher.state_dict(), given): return {f'teacher.{k}': v for k,v in given.items()}
     return {f"teacher.{k.removeprefix('encoder.')}": v for k,v in new.items() if k.startswith('encoder.')} if model.method.teacher == 'momentum' else {}
 

@@ -58,7 +58,7 @@ def _assignments(texts):
         except (ValueError, SyntaxError): res[k] = v
     return res
 
-# %% ../nbs/30_cli.ipynb #66b88a5a
+# %% ../nbs/30_cli.ipynb #3fcdac14
 @call_parse
 @plain_errors
 def bootmae_train(
@@ -103,8 +103,8 @@ def bootmae_train(
     from bootmae_nb.recipes import recipe_learner
     dls = mim_dls(source, img_size=size, bs=bs, in_chans=in_chans, crops_per_image=crops, min_scale=r.min_scale, flip=r.flip, valid_pct=valid_pct, device=device,
                   seed=s.seed if seed is None else seed, num_workers=pick_workers(s.workers if workers is None else workers))
-    given = dict(mask_ratio=mask_ratio, teacher=teacher) | (dict(ema=ema) if ema is not None else {})
-    ablations = _assignments(set) | dict(patch_size=patch_size, mask=mask) | {k: v for k,v in given.items() if v is not None}
+    given = dict(mask_ratio=mask_ratio, teacher=teacher, patch_size=patch_size, mask=mask) | (dict(ema=ema) if ema is not None else {})
+    ablations = _assignments(set) | {k: v for k,v in given.items() if v is not None}
     learn = recipe_learner(dls, r, precision=precision, weights=weights, log_pictures=out/'reconstructions', path=out, **ablations)
     if recipe: print(r.for_batch(bs, epochs))
     _announce(learn, r.arch, device, precision, out)
@@ -247,7 +247,7 @@ def _free(name, taken):
     "`name`, with a number if it is taken"
     return name if name not in taken else next(n for i in range(2, len(taken) + 3) if (n := f'{name}_{i}') not in taken)
 
-# %% ../nbs/30_cli.ipynb #266c3afe
+# %% ../nbs/30_cli.ipynb #a2bd2e42
 @call_parse
 @plain_errors
 def bootmae_convert(
@@ -262,6 +262,7 @@ def bootmae_convert(
     overwrite:bool=False, # Replace what is there
 ):
     "Convert weights between the authors' files, timm, the Hugging Face Hub and our own"
+    from dataclasses import replace
     from bootmae_nb.checkpoints import save_model, to_authors, write_whole
     from bootmae_nb.hub import save_pretrained, save_timm
     forms = ('bootmae_nb', 'hub', 'timm', 'bootmae', 'mae', 'dbot')
@@ -275,17 +276,20 @@ def bootmae_convert(
     elif to_layout == 'timm': path = save_timm(model, out, overwrite=overwrite)
     elif to_layout != model.method.name and model.decoders:
         raise ValueError(f"a {model.method.name} model has no place in the layout of {to_layout}: choose --to {model.method.name}")
-    else: path = _write_authors(to_authors(model), out, write_whole)
+    else:
+        if not model.decoders: model.method = replace(model.method, name=to_layout)      # an encoder alone is of no method
+        path = _write_authors(to_authors(model), out, write_whole)
     print(f'{path}: {to_layout}')
 
-# %% ../nbs/30_cli.ipynb #404c8e8c
+# %% ../nbs/30_cli.ipynb #4b0f214e
 def _any_model(source, layout, num_heads, ema, raw_pixels, img_size):
     "The model in a file or folder, of whatever form"
     from bootmae_nb import hub
-    from bootmae_nb.checkpoints import from_authors, from_timm, guess_layout, load_model, read_weights
+    from bootmae_nb.checkpoints import CheckpointError, from_authors, from_timm, guess_layout, load_model, read_weights
     path = Path(source)
     if not path.exists() and source in hub.released: path,layout = hub.fetch(source), layout or hub.released[source].method
     if path.is_dir() and layout != 'timm' or layout == 'bootmae_nb': return load_model(path)
+    if not path.exists() and path.suffix in ('.pth', '.pt', '.safetensors'): raise CheckpointError(f"{path} is not there: give the file of a model, or a name of timm's")
     if not path.is_file(): return from_timm(f'local-dir:{path}' if path.is_dir() else str(source))
     if layout is None:
         names = read_weights(path)['model']

@@ -103,7 +103,7 @@ def _image_shape(dls):
     if x.ndim != 4: raise ValueError(f"the loader's batches have the shape {tuple(x.shape)}: expected images (B, C, H, W)")
     return x.shape[1], tuple(x.shape[2:])
 
-# %% ../nbs/13_learner.ipynb #ba5ffd8e
+# %% ../nbs/13_learner.ipynb #cca0a2e5
 def mim_learner(
     dls:DataLoaders, # Images, e.g. of `mim_dls`; labels are ignored
     arch:str|MaskedAutoencoder='vit_base_patch16_224', # A plain ViT of timm, or a model made before
@@ -133,6 +133,7 @@ def mim_learner(
     seed = seed if seed is not None else getattr(dls.train, 'seed', 42)
     if isinstance(arch, MaskedAutoencoder):
         if kw: raise TypeError(f"{', '.join(kw)} cannot be changed in a model that is made already: give them to mim_model")
+        if isinstance(mask, str): raise TypeError(f"mask={mask!r} cannot be changed in a model that is made already: give it to mim_model")
         model = arch
     else:
         kw = _with_teacher(kw, arch, img_size or size)
@@ -258,7 +259,7 @@ def fit_stages(self:MimLearner,
     (self.fit_one_cycle if schedule == 'one_cycle' else self.fit_paper)(n_epoch*stages, cbs=L(cbs) + staged, **kw)
     return staged.log
 
-# %% ../nbs/13_learner.ipynb #7ddb8bfd
+# %% ../nbs/13_learner.ipynb #d05ffa4a
 @patch
 def load(self:MimLearner,
     file, # Name below `path/model_dir`, or a path, as `save` wrote it
@@ -273,7 +274,7 @@ def load(self:MimLearner,
     state = state['model'] if set(state) == {'model', 'opt'} else state
     wrong = misfit(_as_loaded(model, state), state) if strict else ''
     if wrong: raise CheckpointError(f"{path} does not fit this {model.method.name} model: {wrong}. Nothing was loaded")
-    if misfit(model.state_dict(), state) and strict: teach_self(model)
+    if misfit(model.state_dict(), state) and strict and teach_self(model): self.opt = None      # the new head needs a new optimiser
     return Learner.load(self, file, device=device, with_opt=with_opt, strict=strict, **kwargs | dict(weights_only=True))
 
 def _as_loaded(model, state):

@@ -76,7 +76,7 @@ _choices = dict(teacher=('momentum', 'frozen', 'external', None), loss=('mse', '
 # %% ../nbs/06_models.ipynb #0b38d1fa
 def _tuple(x): return tuple(x) if isinstance(x, list|tuple) else (x,)
 
-# %% ../nbs/06_models.ipynb #49ef8de8
+# %% ../nbs/06_models.ipynb #881fc0a8
 def get_method(
     name:str|Method='bootmae', # 'bootmae', 'mae', 'dbot', or a row of one's own
     **ablations # Columns to replace, e.g. `pixel_inject=None`
@@ -90,6 +90,7 @@ def get_method(
         if k not in known:
             near = difflib.get_close_matches(k, known, 1)
             raise TypeError(f"setting {k!r} is unknown{': did you mean ' + near[0] + '?' if near else ''}; a method has {', '.join(known[1:])}")
+    if ablations.get('mask') == 'grid': ablations = dict(mask_ratio=None) | ablations          # its cells say how much is hidden
     row = replace(name, **ablations)
     row = replace(row, targets=_tuple(row.targets), feature_blocks=_tuple(row.feature_blocks))
     for k,ok in _choices.items():
@@ -102,7 +103,7 @@ def get_method(
         raise ValueError(f"feature_blocks={row.feature_blocks} names no block, or one twice: give e.g. (-1,) or (2, 5, 8, 11)")
     if row.teacher_depth is not None and row.teacher != 'frozen':
         raise ValueError(f"teacher_depth={row.teacher_depth} is for a frozen teacher with random weights, but teacher={row.teacher!r}: set teacher='frozen'")
-    return row if 'features' in row.targets else replace(row, teacher=None)
+    return row if 'features' in row.targets else replace(row, teacher=None, teacher_depth=None)
 
 # %% ../nbs/06_models.ipynb #0810011a
 class MaskedAutoencoder(nn.Module):
@@ -232,17 +233,17 @@ def _copied_teacher(enc, row):
     teacher.vit.blocks = teacher.vit.blocks[:row.teacher_depth]
     return teacher
 
-# %% ../nbs/06_models.ipynb #7184ea0e
+# %% ../nbs/06_models.ipynb #1c6fa9c0
 def _external_teacher(source, mean=None, std=None):
     "A teacher from a model or from its description, and its description"
     if isinstance(source, dict):
         with own_seed(0): return as_encoder(timm.create_model(**source['timm'])).requires_grad_(False).eval(), source
-    if isinstance(source, MaskedAutoencoder): source,mean,std = source.encoder, mean or source.method.mean, std or source.method.std
-    if mean is None and not isinstance(source, Encoder):
-        cfg = getattr(source, 'pretrained_cfg', None) or {}
-        mean,std = cfg.get('mean'), cfg.get('std')
-    teacher,kw = copy_encoder(source)
-    return teacher, dict(timm=kw, mean=mean and [float(o) for o in mean], std=std and [float(o) for o in std])
+    cfg = asdict(source.method) if isinstance(source, MaskedAutoencoder) else {} if isinstance(source, Encoder) else getattr(source, 'pretrained_cfg', None) or {}
+    mean,std = mean or cfg.get('mean'), std or cfg.get('std')
+    if (mean is None) != (std is None): raise ValueError("the teacher says nothing about its input statistics: give both, mean=… and std=…, or none")
+    teacher,kw = copy_encoder(getattr(source, 'encoder', source))
+    stats = lambda x: x and list(_stats(x, teacher.in_chans))
+    return teacher, dict(timm=kw, mean=stats(mean), std=stats(std))
 
 def _check_teacher(teacher, enc, row):
     "Refuse a teacher that does not see what the model sees"
@@ -254,7 +255,7 @@ def _check_teacher(teacher, enc, row):
     for i in row.feature_blocks: teacher.block_index(i)
     if row.with_cls and not teacher.has_cls: raise ValueError("the teacher has no class token to predict: set with_cls=False")
 
-# %% ../nbs/06_models.ipynb #3cd6e9b9
+# %% ../nbs/06_models.ipynb #c267c4a5
 _inits = dict(bootmae={}, mae=dict(qkv_parts=1, cls_std=.02, mask_trunc=None))
 
 def mim_model(
@@ -277,6 +278,7 @@ def mim_model(
     if isinstance(source, nn.Module|dict): ablations['teacher'] = 'external'
     else: source = None
     row = get_method(method, **ablations)
+    if source is not None and 'features' not in row.targets: raise ValueError(f"targets={row.targets} holds no features: a teacher has nothing to teach this model")
     if in_chans < 1: raise ValueError(f"in_chans={in_chans} is no number of channels: give 3 for colour, 1 for grey")
     if classifier and row.targets: raise ValueError("a classifier is for an encoder alone: set targets=()")
     row = replace(row, mean=_stats(row.mean, in_chans), std=_stats(row.std, in_chans))

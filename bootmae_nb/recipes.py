@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipes', 'Recipe', 'recipe', 'recipe_learner']
 
-# %% ../nbs/14_recipes.ipynb #e24f7b3a
+# %% ../nbs/14_recipes.ipynb #eca5ea48
 import difflib, math
 from dataclasses import dataclass, fields, replace
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .callbacks import MomentumTeacher
 from .learner import MimLearner, mim_learner
-from .models import get_method, methods
+from .models import MaskedAutoencoder, get_method, methods
 
 # %% ../nbs/14_recipes.ipynb #329a39d8
 def _short(x):
@@ -171,7 +171,7 @@ def dls_kwargs(self:Recipe) -> dict:
     "Keywords for `mim_dls`; the batch is yours to choose"
     return dict(img_size=self.img_size, min_scale=self.min_scale, flip=self.flip)
 
-# %% ../nbs/14_recipes.ipynb #158b4da7
+# %% ../nbs/14_recipes.ipynb #70e4d4fa
 def recipe_learner(
     dls:DataLoaders, # Images, e.g. of `mim_dls(**recipe.dls_kwargs())`
     recipe:str|Recipe, # A recipe or its name
@@ -182,7 +182,8 @@ def recipe_learner(
     r = _get_recipe(recipe)
     args = dict(arch=r.arch, method=r.method, lr=r.for_batch(dls.train.bs).lr, wd=r.wd, betas=r.betas, ema=r.ema, ema_dynamic=r.ema_dynamic,
                 weight_of_features=r.weight_of_features, drop_path=r.drop_path, mean=r.mean, std=r.std)
-    if r.teacher_depth is not None: args['teacher_depth'] = r.teacher_depth
+    if r.teacher_depth is not None and kw.get('teacher', 'frozen') == 'frozen': args['teacher_depth'] = r.teacher_depth
+    if isinstance(kw.get('arch'), MaskedAutoencoder): args = {k: v for k,v in args.items() if k not in ('drop_path', 'mean', 'std', 'teacher_depth')}
     return mim_learner(dls, cbs=[*([GradientClip(r.clip)] if r.clip else []), *L(cbs)], **(args | kw))
 
 # %% ../nbs/14_recipes.ipynb #393c9543

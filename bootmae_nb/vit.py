@@ -126,7 +126,7 @@ def make_encoder(
     grid_size(img_size, enc.patch_size)
     return enc
 
-# %% ../nbs/05_vit.ipynb #72d6ea98
+# %% ../nbs/05_vit.ipynb #298948d9
 class FullEncoder(Encoder):
     "A timm model of the ViT family that runs on whole images only: enough for a teacher"
     def forward(self,
@@ -137,7 +137,7 @@ class FullEncoder(Encoder):
         "Tokens after the blocks in `keep`; blocks after the last of them do not run"
         if idx is not None: raise ValueError(f"a {type(self.vit).__name__} of timm sees whole images only: it can be a teacher, not a student")
         wanted = sorted({self.block_index(i) for i in keep})
-        outs = self.vit.forward_intermediates(x, indices=wanted, return_prefix_tokens=True, stop_early=True, output_fmt='NLC', intermediates_only=True)
+        outs = self.vit.forward_intermediates(x, indices=wanted, return_prefix_tokens=self.n_prefix > 0, stop_early=True, output_fmt='NLC', intermediates_only=True)
         outs = dict(zip(wanted, [torch.cat(o[::-1], 1) if isinstance(o, tuple) else o for o in outs]))
         return {i: outs[self.block_index(i)] for i in keep}
 

@@ -115,6 +115,32 @@ def test_a_teacher_with_other_statistics_sees_its_own():
     with torch.no_grad(): assert torch.allclose(model.teacher_features(a), mae.encoder(b)[-1][:, 1:], atol=1e-5)
 
 
+@pytest.mark.parametrize('kw', [dict(name='mae', teacher='frozen', teacher_depth=0), dict(name='dbot', targets=('pixels',), teacher_depth=0, pixel_width=32)], ids=str)
+def test_a_model_without_features_comes_back_whatever_was_said_of_its_teacher(kw, tmp_path):
+    model = made(**kw)
+    assert model.method.teacher is None and load_model(save_model(model, tmp_path/'m')).method == model.method
+
+
+def test_statistics_of_a_teacher_for_other_channels_and_by_hand():
+    "timm's grey models tell three channels' statistics; mean and std come together"
+    timm_model = lambda c: timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, in_chans=c, depth=1)
+    for c in (1, 4):
+        model = made('dbot', in_chans=c, teacher=timm_model(c))
+        assert model.config['teacher']['mean'] == [.5]*c and model.teacher_features(torch.rand(2, c, 32, 32)).shape == (2, 17, 192)
+    enc = make_encoder('vit_tiny_patch16_224', 32, patch_size=8, width=48, depth=1, heads=4)
+    for kw in (dict(mean=(.5,)*3), dict(std=(.5,)*3)):
+        with pytest.raises(ValueError, match='give both'): set_teacher(made('dbot'), enc, **kw)
+    model = set_teacher(made('dbot'), timm_model(3), mean=(.4,)*3)
+    assert model.config['teacher']['mean'] == [.4]*3 and model.config['teacher']['std'] == [.5]*3
+    with pytest.raises(ValueError, match='nothing to teach'): made('mae', teacher=enc)
+
+
+def test_a_teacher_without_any_prefix_token():
+    vit = timm.create_model('vit_relpos_small_patch16_224', img_size=64, embed_dim=48, depth=2, num_heads=3)
+    model = made('dbot', teacher=vit)
+    assert not model.method.with_cls and model.teacher_features(torch.rand(2, 3, 32, 32)).shape == (2, 16, 48)
+
+
 def test_raw_pixel_models_are_drawn_raw():
     model = from_authors(to_authors(made('mae')), 'mae', num_heads=4, norm_pixels=False)
     x, mask = torch.randn(2, 3, 32, 32), RandomMask()(2, 4)
@@ -175,6 +201,44 @@ def test_bad_files_give_one_plain_error_and_change_nothing(tmp_path, suffix):
     assert same(target.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize('key', ['blocks.1.attn.v_bias', 'blocks.1.attn.q_bias', 'decode_blocks.0.c_attn.v_bias', 'lm_head.proj.bias'])
+def test_missing_biases_are_named_with_the_file(key, tmp_path):
+    theirs = to_authors(made('bootmae')); del theirs[key]
+    torch.save(dict(model=theirs), tmp_path/'w.pth')
+    for load in (lambda: from_authors(tmp_path/'w.pth', 'bootmae', num_heads=4), lambda: load_weights(made('bootmae'), tmp_path/'w.pth')):
+        with pytest.raises(CheckpointError, match=r'w.pth does not fit .* \d missing'): load()
+
+
+def test_a_changed_configuration_is_noticed(tmp_path):
+    file = save_model(made('mae'), tmp_path/'m')
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'mask_ratio\\": 0.75', b'mask_ratio\\": 0.65'))
+    assert file.read_bytes() != data
+    with pytest.raises(CheckpointError, match='m.safetensors is damaged: its configuration'): load_model(file)
+
+
+def test_what_the_authors_layouts_cannot_hold_is_refused():
+    both = dict(targets=('pixels', 'features'), pixel_width=32)
+    for model in (made('dbot', **both), made('mae', **both, teacher='momentum')):
+        with pytest.raises(ValueError, match='has no place for a decoder of'): to_authors(model)
+    boot = made('bootmae')
+    boot.encoder.vit.pos_embed.data[0, 1] += 1
+    with pytest.raises(ValueError, match='other positions than the encoder'): to_authors(boot)
+    assert len(to_authors(boot, decoders=False)) == len(to_authors(encoder_only(boot)))
+
+
+def test_heads_of_the_student_are_not_those_of_a_teacher_of_another_width():
+    big = made('mae', width=128, heads=2)
+    student = made('dbot', teacher=big)
+    file = dict(model=to_authors(big))
+    again = from_authors(dict(model=to_authors(student)), 'dbot', num_heads=4, teacher=file)
+    assert again.teacher.heads == 2 and again.encoder.heads == 4
+
+
+def test_norm_pixels_true_is_the_papers():
+    assert from_authors(to_authors(made('mae')), 'mae', num_heads=4, norm_pixels=True).method.norm_pixels == 'patch'
+
+
 def test_our_own_files_are_checked_against_their_digest_in_load_weights_too(tmp_path):
     model = made('mae')
     good = save_model(model, tmp_path/'good')
@@ -215,6 +279,27 @@ def test_the_averaged_model_in_a_file_becomes_the_teacher():
     target = made('bootmae', seed=2)
     load_weights(target, dict(model=theirs, model_ema={k: v + 1 for k,v in theirs.items()}))
     assert torch.equal(target.teacher.vit.cls_token, theirs['cls_token'] + 1)
+
+
+def test_an_external_teacher_stays_when_weights_are_loaded(tmp_path):
+    "A teacher that was given is not replaced by the one in a file of the same shape, and the report says so"
+    source, enc = made('bootmae', seed=1), make_encoder('vit_tiny_patch16_224', 32, patch_size=8, width=48, depth=2, heads=4)
+    save_model(source, tmp_path/'m')
+    model = made('dbot', teacher=enc, seed=2); given = copy.deepcopy(model.teacher.state_dict())
+    report = load_weights(model, tmp_path/'m.safetensors', decoders=None)
+    assert same(model.teacher.state_dict(), given) and same(model.encoder.state_dict(), source.encoder.state_dict())
+    assert 'teacher: as it was' in report.missing and 'teacher.vit.cls_token' in report.ignored and 'feature_mean' in report.ignored
+    assert set(report.loaded) | set(report.ignored) == set(source.state_dict())
+    target = made('bootmae', seed=2)
+    assert set(load_weights(target, tmp_path/'m.safetensors').loaded) == set(source.state_dict()) and same(target.state_dict(), source.state_dict())
+
+
+def test_a_deeper_decoder_does_not_fit_a_shallower_one():
+    theirs, model = to_authors(made('mae', pixel_depth=3)), made('mae', seed=2)
+    with pytest.raises(CheckpointError, match=r'unknown \(decoders.pixels.blocks.2'): load_weights(model, theirs)
+    decoders = copy.deepcopy(model.decoders.state_dict())
+    load_weights(model, theirs, decoders=None)
+    assert same(model.decoders.state_dict(), decoders)
 
 
 def test_positions_are_resampled_to_another_grid_and_patches_are_not():

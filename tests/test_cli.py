@@ -16,6 +16,7 @@ from PIL import Image
 from bootmae_nb import cli
 from bootmae_nb.checkpoints import load_model, save_model
 from bootmae_nb.images import sample_photo, sample_photos
+from bootmae_nb.models import encoder_only, mim_model
 
 bin = Path(sys.executable).parent
 small = ['--arch', 'vit_tiny_patch16_224', '--img-size', '32x48', '--patch-size', '8', '--bs', '4', '--set', 'width=48', 'depth=2', 'heads=3', 'pixel_width=48']
@@ -179,6 +180,28 @@ def test_teacher_by_file(trained, folder, tmp_path):
     assert done.returncode == 0, done.stderr
     model, teacher = load_model(tmp_path/'o'), load_model(trained[0])
     assert model.method.teacher == 'external' and torch.equal(model.teacher.vit.cls_token, teacher.encoder.vit.cls_token)
+
+
+def test_sizes_and_masks_in_set(folder, tmp_path):
+    "They count there too; an option of their own wins"
+    args = ['bootmae-train', folder, '--arch', 'vit_tiny_patch16_224', '--img-size', 32, '--bs', 4, '--epochs', 1, '--crops', 1, '--set', 'patch_size=8',
+            'width=48', 'depth=1', 'heads=3', 'pixel_width=32', 'mask=random', 'mask_ratio=.5']
+    done = run(*args, '--out', tmp_path/'a')
+    assert '4 x 4 patches of 8 px, 8 of them hidden (random mask)' in done.stdout, done.stderr
+    done = run(*args, '--patch-size', 16, '--mask', 'block', '--out', tmp_path/'b')
+    assert '2 x 2 patches of 16 px, 2 of them hidden (block mask)' in done.stdout, done.stderr
+
+
+def test_an_encoder_alone_takes_the_names_that_are_asked_for(tmp_path):
+    model = encoder_only(mim_model('mae', 'vit_tiny_patch16_224', img_size=32, patch_size=8, width=48, depth=1, heads=3, pixel_width=32, pixel_depth=1))
+    save_model(model, tmp_path/'m')
+    for to in ('bootmae', 'dbot'):
+        done = run('bootmae-convert', tmp_path/'m.safetensors', tmp_path/f'{to}.pth', '--to', to)
+        assert done.returncode == 0, done.stderr
+        names = torch.load(tmp_path/f'{to}.pth', weights_only=True)['model']
+        assert ('blocks.0.attn.q_bias' in names) == (to == 'bootmae')
+    done = run('bootmae-convert', tmp_path/'nowhere.safetensors', tmp_path/'x', '--to', 'timm')
+    assert done.returncode == 2 and 'nowhere.safetensors is not there' in done.stderr
 
 
 def test_convert_there_and_back(trained, tmp_path, capsys):

@@ -285,6 +285,15 @@ def test_errors_say_what_was_wrong_and_what_to_do(kw, says):
     assert says in text and '\n' not in text
 
 
+def test_a_grid_mask_by_its_name():
+    assert photos_learner(mask='grid').model.method.masker.n_hidden((4, 4)) == 12
+
+
+def test_a_made_model_keeps_its_mask():
+    model, dls = mim_model('mae', img_size=32, seed=5, **(tiny | dict(pixel_depth=1, pixel_heads=3))), mim_dls(img_size=32, bs=4, num_workers=0)
+    with pytest.raises(TypeError, match="mask='block' cannot be changed in a model that is made already"): mim_learner(dls, model, mask='block')
+
+
 @pytest.mark.cuda
 def test_mixed_precision_on_a_gpu():
     for precision in ('bf16', 'fp16'):

@@ -13,7 +13,9 @@ from bootmae_nb import recipes as module
 from bootmae_nb.callbacks import MomentumTeacher
 from bootmae_nb.data import CropImage, mim_dls
 from bootmae_nb.checkpoints import load_model
+from bootmae_nb.models import mim_model
 from bootmae_nb.recipes import Recipe, recipe, recipe_learner, recipes
+from bootmae_nb.vit import make_encoder
 
 base, large, huge = 'vit_base_patch16_224', 'vit_large_patch16_224', 'vit_huge_patch14_224'
 half, imagenet = ((.5,)*3, (.5,)*3), ((.485, .456, .406), (.229, .224, .225))
@@ -211,6 +213,21 @@ def test_keywords_win_over_the_recipe():
     learn = learner('dbot_base_1600', drop_path=0., wd=.2, betas=(.8, .9))
     assert learn.model.method.drop_path == 0 and learn.wd == .2 and learn.create_opt() is None and learn.opt.opt.defaults['betas'] == (.8, .9)
     assert learner('dbot_base_1600').model.method.drop_path == .2
+
+
+def test_another_teacher_than_the_recipes():
+    "The depth of the random teacher has no meaning for it"
+    enc = make_encoder('vit_tiny_patch16_224', 32, patch_size=8, width=96, depth=2, heads=3)
+    learn = learner('dbot_large_1600', teacher=enc)
+    assert learn.model.method.teacher == 'external' and learn.model.teacher.dim == 96 and learn.model.method.teacher_depth is None
+    assert learner('dbot_large_1600', teacher='frozen').model.teacher.depth == 0
+
+
+def test_a_model_in_place_of_arch_keeps_its_own_row():
+    model = mim_model('dbot', img_size=32, seed=0, **sizes['dbot'], drop_path=.1)
+    for name in ('dbot_base_1600', 'dbot_large_1600'):
+        learn = recipe_learner(loaders(), name, arch=model)
+        assert learn.model is model and learn.model.method.drop_path == .1 and learn.wd == .05
 
 
 @pytest.mark.parametrize('name, dynamic', [('bootmae_base_800', True), ('bootmae_large_800', False)])

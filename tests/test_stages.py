@@ -120,6 +120,20 @@ def test_other_first_teachers_end_as_the_encoder(kw, tmp_path):
     assert equal(state(fresh.load('m').model), state(model))
 
 
+def test_a_file_of_a_later_stage_into_a_learner_that_has_trained(tmp_path):
+    "The feature head is a new one there, and the optimiser follows it"
+    wide = dict(teacher=make_encoder('vit_tiny_patch16_224', 32, patch_size=8, width=64, depth=3, heads=4))
+    staged, other = learner(tmp_path, **wide), learner(tmp_path, **wide)
+    quietly(staged, 'fit_stages', 1, stages=2, lr=1e-3, folder=False)
+    staged.save('m')
+    quietly(other, 'fit', 1, 1e-3)
+    other.load('m')
+    assert equal(state(other.model), state(staged.model))
+    assert {id(p) for g in other.opt.param_lists for p in g} == {id(p) for p in other.model.parameters() if p.requires_grad}
+    quietly(other, 'fit', 1, 1e-3)
+    assert not torch.equal(other.model.decoders['features'].head.weight, staged.model.decoders['features'].head.weight)
+
+
 def test_stages_survive_lr_find_save_load_export(tmp_path):
     learn = learner(tmp_path)
     before = state(learn.model)
