@@ -550,6 +550,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bootmae_nb.viz.View.with_mask': ('viz.html#view.with_mask', 'bootmae_nb/viz.py'),
                                 'bootmae_nb.viz._around': ('viz.html#_around', 'bootmae_nb/viz.py'),
                                 'bootmae_nb.viz._as_double': ('viz.html#_as_double', 'bootmae_nb/viz.py'),
+                                'bootmae_nb.viz._boxes': ('viz.html#_boxes', 'bootmae_nb/viz.py'),
                                 'bootmae_nb.viz._colours': ('viz.html#_colours', 'bootmae_nb/viz.py'),
                                 'bootmae_nb.viz._feature_pair': ('viz.html#_feature_pair', 'bootmae_nb/viz.py'),
                                 'bootmae_nb.viz._frame': ('viz.html#_frame', 'bootmae_nb/viz.py'),

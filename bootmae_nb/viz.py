@@ -460,7 +460,7 @@ def similarity_map(
     "How alike predicted features and the teacher's are, patch by patch"
     return View(model, image, mask, seed).similarity(centred)
 
-# %% ../nbs/11_viz.ipynb #05a89118
+# %% ../nbs/11_viz.ipynb #87d9d629
 def overlay(
     picture:Image.Image, # The image
     values:Tensor, # `(rows, columns)`
@@ -483,14 +483,14 @@ def overlay(
     share = ((v - low)/((high - low) or 1)).clip(0, 1)
     grow = lambda a: Image.fromarray((a*255).round().astype('uint8')).resize(size, Image.Resampling.NEAREST)
     drawn = np.ones(v.shape, dtype=bool) if only is None else np.asarray(only.cpu())
-    if only is not None: base = Image.blend(base, Image.new('RGB', size, 'white'), .55)
+    if only is not None: base = Image.blend(base, Image.new('RGB', size, '#303030' if low < 0 < high else 'white'), .6)      # not what 0 looks like
     base.paste(grow(colours(share)[..., :3]), (0, 0), grow(drawn*opacity))
     if mark is not None: _outline(base, mark, share.shape)
     if not legend: return base
     slack = 1e-4*(high - low)
     return _with_scale(base, colours, low, high, label, bool((v[drawn] < low - slack).any()), bool((v[drawn] > high + slack).any()))
 
-# %% ../nbs/11_viz.ipynb #38c0b9dd
+# %% ../nbs/11_viz.ipynb #eb9d9d1c
 def _outline(im, patch, grid):
     "Outline a patch, white around black"
     h,w = im.height/grid[0], im.width/grid[1]
@@ -502,7 +502,7 @@ def _outline(im, patch, grid):
 def _with_scale(im, colours, low, high, label='', below=False, above=False):
     "A picture with its colour scale at the right; the letters grow with the picture"
     size = max(12, im.height//24); font = ImageFont.load_default(size=size)
-    ticks = {high: '> '*above + f'{high:.2g}', (low + high)/2: f'{(low + high)/2:.2g}', low: '< '*below + f'{low:.2g}'}
+    ticks = {v: f'{sign}{v:.2g}' for v,sign in ((high, '> '*above), ((low + high)/2, ''), (low, '< '*below))}
     if im.height < 6*size: ticks.pop((low + high)/2)
     top,bottom = size*(7 if label else 3)//4, im.height - size
     left,right = im.width + size//2, im.width + size*3//2
@@ -515,7 +515,7 @@ def _with_scale(im, colours, low, high, label='', below=False, above=False):
     if label: draw.text((left, size//4), label, 'black', font, anchor='lt')
     for v,t in ticks.items():
         y = top + (high - v)/((high - low) or 1)*(bottom - top - 1)
-        draw.line([right, y, right + size//4, y], 'grey'); draw.text((right + size//3, y), t, 'black', font, anchor='lm')
+        draw.text((right + size//3, y), t, 'black', font, anchor='lm')
     return res
 
 # %% ../nbs/11_viz.ipynb #84a8534f
@@ -802,22 +802,23 @@ def _spread(items, n):
     at = sorted({round(i*(len(keys) - 1)/max(n - 1, 1)) for i in range(n)}) if n > 1 else [len(keys) - 1]
     return {keys[i]: items[keys[i]] for i in at}
 
-# %% ../nbs/11_viz.ipynb #3d57519a
+# %% ../nbs/11_viz.ipynb #82a29566
 _log_titles = 'image', 'masked input', 'prediction', 'pasted in'
 
-def _sheet_cells(sheet):
-    "Where the pictures of a `reconstruction_sheet` are: rows of boxes; `None` if it is none"
-    font,gap,top = ImageFont.load_default(size=13), 6, 28
-    text = [int(font.getlength(t)) + 8 for t in _log_titles]
-    w = next((w for w in range(1, sheet.width) if sum(max(w, t) for t in text) == sheet.width - 5*gap), None)
-    if w is None: return None
-    white = (np.asarray(sheet) == 255).all((1, 2))                                  # rows of pixels between the rows of pictures
-    for n in range((sheet.height - top)//(gap + 1), 0, -1):
-        h = (sheet.height - top)//n - gap
-        if (sheet.height - top) % n or not all(white[top + i*(h + gap) - gap:top + i*(h + gap)].all() for i in range(1, n + 1)): continue
-        if any(white[top + i*(h + gap):top + i*(h + gap) + h].all() for i in range(n)): continue
-        lefts = np.cumsum([gap, *(max(w, t) + gap for t in text[:-1])]) + [(max(w, t) - w)//2 for t in text]
-        return [[(int(x), top + i*(h + gap), int(x) + w, top + i*(h + gap) + h) for x in lefts] for i in range(n)]
+def _boxes(top, n, h, w, text, gap=6):
+    "Rows of boxes of a sheet of `n` images, `h` x `w` pixels each, under titles of these widths"
+    lefts = np.cumsum([gap, *(max(w, t) + gap for t in text[:-1])]) + [(max(w, t) - w)//2 for t in text]
+    return [[(int(x), top + i*(h + gap), int(x) + w, top + i*(h + gap) + h) for x in lefts] for i in range(n)]
+
+def _sheet_cells(sheet, gap=6, top=28):
+    "Where the pictures of a `reconstruction_sheet` are, rows of boxes: all around them is white. `None` if it is no such sheet"
+    font = ImageFont.load_default(size=13); text = [int(font.getlength(t)) + 8 for t in _log_titles]
+    free = (np.asarray(sheet) == 255).all(2)[top - gap:]; H = sheet.height - top
+    for w in [w for w in range(1, sheet.width) if sum(max(w, t) for t in text) == sheet.width - 5*gap]:       # several if the titles are wider
+        for n in [n for n in range(H//(gap + 1), 0, -1) if H % n == 0]:
+            boxes,around = _boxes(top, n, H//n - gap, w, text), free.copy()
+            for x,y,r,b in sum(boxes, []): around[y - top + gap:b - top + gap, x:r] = True
+            if around.all() and not any(free[row[0][1] - top + gap:row[0][3] - top + gap].all() for row in boxes): return boxes
 
 # %% ../nbs/11_viz.ipynb #4411d8d1
 def film_strip(
