@@ -112,7 +112,7 @@ def fill_patches(
     else: x = x.masked_fill(mask[..., None], values)
     return unpatchify(x, grid, patch_size)
 
-# %% ../nbs/11_viz.ipynb #4d9b077e
+# %% ../nbs/11_viz.ipynb #91bfcf4d
 def predicted_patches(
     model:MaskedAutoencoder, # Says how the target was normalised
     images:Tensor, # `(B, C, H, W)`, in the model's input statistics
@@ -122,7 +122,7 @@ def predicted_patches(
 ) -> Tensor: # `(B, M, P)`, in the model's input statistics; raw normalised values if `put_back` is false
     "Predictions of normalised patches as pixels"
     norm = model.method.norm_pixels
-    if not norm or not put_back: return pixels.float()
+    if not norm or not put_back or not pixels.shape[1]: return pixels.float()
     x = take(patchify(plain(images), model.patch_size), mask_order(mask)[1])
     return denormalise(pixels, *patch_stats(x, norm, model.in_chans))
 
@@ -460,13 +460,13 @@ def similarity_map(
     "How alike predicted features and the teacher's are, patch by patch"
     return View(model, image, mask, seed).similarity(centred)
 
-# %% ../nbs/11_viz.ipynb #87d9d629
+# %% ../nbs/11_viz.ipynb #ee11aad3
 def overlay(
     picture:Image.Image, # The image
     values:Tensor, # `(rows, columns)`
     low:float=0., # Value of the first colour
     high:float=1., # Value of the last colour
-    cmap:str|None=None, # Colour map of matplotlib; `None` = 'PuOr' if `low` is negative, else 'cividis'
+    cmap:str|None=None, # Colour map of matplotlib; `None` = 'PuOr' if `low` is negative, else 'viridis'
     only:Tensor|None=None, # `(rows, columns)`, boolean: draw these patches only, dim the others; `None` = all
     opacity:float=.75, # Of the map
     height:int|None=None, # Height of the picture in pixels
@@ -478,7 +478,7 @@ def overlay(
     "A map of patches drawn over an image, with its scale"
     h = height or max(picture.height, 224); size = round(picture.width*h/picture.height), h
     base = picture.convert('L' if grey else 'RGB').convert('RGB').resize(size, Image.Resampling.BICUBIC)
-    colours = matplotlib.colormaps[cmap or ('PuOr' if low < 0 else 'cividis')]
+    colours = matplotlib.colormaps[cmap or ('PuOr' if low < 0 else 'viridis')]
     v = plain(values).detach().float().cpu().numpy()
     share = ((v - low)/((high - low) or 1)).clip(0, 1)
     grow = lambda a: Image.fromarray((a*255).round().astype('uint8')).resize(size, Image.Resampling.NEAREST)
@@ -633,7 +633,7 @@ def pca_sheet(
     if view.has_features: res |= {f"teacher ({share('teacher')})": view.pca_picture('teacher', height), 'predicted (rest faded)': view.pca_picture('predicted', height)}
     return picture_grid(res)
 
-# %% ../nbs/11_viz.ipynb #415e0539
+# %% ../nbs/11_viz.ipynb #abd2f119
 def _qkv(attn, x):
     "Queries, keys and values `(B, heads, N, head_dim)` of a timm attention layer"
     q,k,v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
@@ -646,6 +646,8 @@ def attention_maps(
 ) -> Tensor: # `(heads, N, N)`, rows sum to 1: how much each token takes from each; prefix tokens (class token first) come before the patches
     "Attention weights of a block on a whole image"
     enc = encoder.encoder if isinstance(encoder, MaskedAutoencoder) else as_encoder(encoder)
+    x = plain(x) if x.ndim == 4 else plain(x)[None]
+    if len(x) != 1: raise ValueError(f"attention is shown for one image at a time, and there are {len(x)}: give (1, C, H, W)")
     if not enc.depth: raise ValueError("the encoder has no blocks, so nothing attends: give one with blocks")
     block = enc.block_index(block); attn,seen = getattr(enc.vit.blocks[block], 'attn', None), []
     if not isinstance(attn, TimmAttention):
@@ -653,7 +655,7 @@ def attention_maps(
     handle = attn.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     try:
         with evaluating(enc.vit):
-            enc(plain(x) if x.ndim == 4 else plain(x)[None], keep=(block,))
+            enc(x, keep=(block,))
             q,k,_ = _qkv(attn, seen[0])
             return (q.float()*attn.scale @ k.float().mT).softmax(-1)[0]
     finally: handle.remove()
@@ -784,11 +786,11 @@ def ratio_strip(
     titles = [f'{r:.0%} hidden, error {error(v):.2f}' for r,v in zip(ratios, views)]
     return contact_sheet([[v.parts()[k] for v in views] for k in ('masked input', 'pasted in')], titles, height)
 
-# %% ../nbs/11_viz.ipynb #b701a345
+# %% ../nbs/11_viz.ipynb #7a59b72b
 def _log_pictures(source):
     "Pictures of a reconstruction log, by name: from a folder, or given"
     if isinstance(source, str|Path):
-        files = sorted(Path(source).glob('epoch_*.png'))
+        files = sorted(Path(source).glob('epoch_*.png'), key=lambda p: (len(p.name), p.name))        # epoch 10000 after epoch 9999
         if not files: raise ValueError(f"{source} holds no epoch_0001.png or the like: give the folder of a reconstruction log, e.g. reconstructions in a run's folder")
         return {f"epoch {p.stem.removeprefix('epoch_').lstrip('0') or 0}": p for p in files}
     res = {f'picture {i}': o for i,o in enumerate(source, 1)}
@@ -866,7 +868,7 @@ def film_gif(
     times = [ms]*len(rest) + [5*ms]
     return write_whole(file, lambda p: first.save(p, format='GIF', save_all=True, append_images=rest, duration=times, loop=0))
 
-# %% ../nbs/11_viz.ipynb #906b3c1b
+# %% ../nbs/11_viz.ipynb #8f68b598
 explanations = {
     'masked input': "This is all that the encoder sees: grey patches were cut out, and nothing is computed for them. The model has to guess them from the "
         "patches that are left.",
@@ -875,7 +877,7 @@ explanations = {
     'pasted in': "The predicted patches among the visible ones of the original. Blurry is normal: where several continuations are possible, the best guess "
         "is their average.",
     'error': "How far the predicted pixels of each hidden patch are from the original: the root mean square, on a scale where black is 0 and white is 1. "
-        "Dark blue patches were guessed well, yellow ones badly. Patches that were visible are not coloured.",
+        "Dark violet patches were guessed well, yellow ones badly. Patches that were visible are not coloured.",
     'loss weight': "How much each patch counts in training. A hidden patch with hidden neighbours on all sides counts almost twice as much as one alone among "
         "visible patches, because it cannot be continued from what is beside it. Only BootMAE weights patches so; other methods count all hidden "
         "ones alike.",

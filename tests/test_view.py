@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.decomposition import PCA
 from torch import nn
 
 from bootmae_nb.callbacks import ReconstructionLog
@@ -20,7 +21,7 @@ from bootmae_nb.patches import patchify, take
 from bootmae_nb.targets import ema_update, feature_target, pixel_target
 from bootmae_nb.vit import zero_key_bias_grads
 from bootmae_nb.viz import (View, attention_maps, attention_sheet, contact_sheet, explanations, feature_mean, film_gif, film_strip, mask_for, model_input,
-                            nearest_patches, nearest_sheet, nested_masks, overlay, pca_sheet, picture_grid, query_sheet, ratio_strip, reconstruct,
+                            nearest_patches, nearest_sheet, nested_masks, overlay, pca_basis, pca_rgb, pca_sheet, picture_grid, query_sheet, ratio_strip, reconstruct,
                             reconstruction_sheet, similarity_map, similarity_sheet)
 
 tiny = dict(arch='vit_tiny_patch16_224', img_size=(32, 48), patch_size=8, width=48, depth=2, heads=3, pixel_width=48, seed=0)
@@ -163,6 +164,7 @@ def test_weights_times_values_are_the_output_of_the_block(name, fused, block):
     v = attn.qkv(io[0]).reshape(N, 3, 3, 16)[:, 2].transpose(0, 1)
     assert (attn.proj((w @ v).transpose(0, 1).reshape(N, 48)) - io[1][0]).abs().max() < 1e-5
     assert torch.equal(attention_maps(vit, x[0], block), w) and not attn._forward_pre_hooks
+    with pytest.raises(ValueError, match='one image at a time, and there are 2'): attention_maps(vit, torch.cat([x, x]))
 
 
 def test_attention_of_a_view():
@@ -392,6 +394,13 @@ def test_a_grid_holds_every_picture_under_its_caption():
     pics = {str(i): Image.new('RGB', (20 + i, 30), (10*i, 0, 255)) for i in range(5)}
     sheet = np.asarray(picture_grid(pics, 2, 'five'))
     assert all((sheet == (10*i, 0, 255)).all(2).sum() == (20 + i)*30 for i in range(5)) and picture_grid(pics).height == 21 + 30 + 8
+
+
+def test_colours_of_features_wider_than_there_are_patches_are_those_of_scikit_learn():
+    x = torch.randn(1, 12, 60, generator=torch.Generator().manual_seed(0))*torch.linspace(3, .1, 60)
+    basis = pca_basis(x); theirs = PCA(3).fit(x[0].double().numpy())
+    assert np.allclose(basis.share, theirs.explained_variance_ratio_) and np.allclose((basis.axes.T.numpy()*theirs.components_).sum(1)**2, 1)
+    assert (pca_rgb(torch.ones(1, 6, 60), (2, 3)) == .5).all() and (pca_rgb(x[:, :2], (1, 2))[:, 1:] == .5).all()
 
 
 # once
