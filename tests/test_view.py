@@ -325,6 +325,8 @@ def test_pictures_are_rgb_of_the_stated_size(name):
         rgb = view.pca(which)
         assert rgb.shape == (3, rows, cols) and rgb.min() >= 0 and rgb.max() <= 1
         assert view.pca_picture(which, 96).size == (W, 96) and view.pca_picture(which).mode == 'RGB'
+    seen = ~view.mask.reshape(rows, cols)
+    assert torch.allclose(view.pca('predicted')[:, seen], .75 + .25*view.pca('teacher')[:, seen])
     maps = [view.similarity(), view.query(3), view.query(3, 'predicted'), view.weights(), view.attention(query=2)] + ([view.error()] if view.has_pixels else [])
     for m in maps:
         assert m.shape == (rows, cols) and m.isfinite().all()
