@@ -167,6 +167,12 @@ def test_weights_times_values_are_the_output_of_the_block(name, fused, block):
     with pytest.raises(ValueError, match='one image at a time, and there are 2'): attention_maps(vit, torch.cat([x, x]))
 
 
+def test_attention_of_a_model_in_training_is_that_in_eval():
+    vit,x = timm_vit(drop_path_rate=.9, proj_drop_rate=.5), torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    w = attention_maps(vit, x); vit.train()
+    assert torch.equal(attention_maps(vit, x), w) and vit.training and vit.blocks[0].training and not w.requires_grad
+
+
 def test_attention_of_a_view():
     view = View(tiny_model(), photo)
     w = attention_maps(view.model, view.x, 0)
