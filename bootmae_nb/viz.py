@@ -30,7 +30,7 @@ from .patches import denormalise, mask_order, pair, patch_stats, patchify, take,
 from .targets import feature_target, norm_feature
 from .vit import as_encoder
 
-# %% ../nbs/11_viz.ipynb #1a129fd2
+# %% ../nbs/11_viz.ipynb #478e98c9
 def fit_image(
     im:Image.Image, # An image
     size:tuple, # Height and width in pixels
@@ -38,7 +38,7 @@ def fit_image(
     "Scale an image to cover `size` and cut out the middle, without squashing it"
     h,w = size
     scale = max(h/im.height, w/im.width)
-    bw,bh = w/scale, h/scale
+    bw,bh = min(w/scale, im.width), min(h/scale, im.height)                      # rounding may give more than there is
     box = (im.width - bw)/2, (im.height - bh)/2
     return im.resize((w, h), Image.Resampling.BICUBIC, (*box, box[0] + bw, box[1] + bh), reducing_gap=3.)
 

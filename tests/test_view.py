@@ -20,7 +20,7 @@ from bootmae_nb.models import encoder_only, mim_model, set_teacher
 from bootmae_nb.patches import patchify, take
 from bootmae_nb.targets import ema_update, feature_target, pixel_target
 from bootmae_nb.vit import zero_key_bias_grads
-from bootmae_nb.viz import (View, attention_maps, attention_sheet, contact_sheet, explanations, feature_mean, film_gif, film_strip, mask_for, model_input,
+from bootmae_nb.viz import (View, attention_maps, attention_sheet, contact_sheet, explanations, feature_mean, film_gif, film_strip, fit_image, mask_for, model_input,
                             nearest_patches, nearest_sheet, nested_masks, overlay, pca_basis, pca_rgb, pca_sheet, picture_grid, query_sheet, ratio_strip, reconstruct,
                             reconstruction_sheet, similarity_map, similarity_sheet)
 
@@ -375,6 +375,12 @@ def test_nothing_and_everything_hidden():
         assert view.error().shape == view.similarity().shape == (4, 6) and view.similarity().isfinite().all()
         assert similarity_sheet(view).mode == query_sheet(view, 0).mode == pca_sheet(view).mode == 'RGB'
     assert np.array_equal(View(tiny_model(), photo, torch.zeros(24)).parts()['pasted in'], view.picture)
+
+
+def test_an_image_fits_whatever_rounding_does():
+    "Dividing by the scale may give a little more than the image has"
+    for w in range(50, 700, 7):
+        for size in [(48, 72), (49, 33), (224, 224)]: assert fit_image(Image.new('L', (w, 300)), size).size == size[::-1]
 
 
 # overlay
