@@ -868,7 +868,7 @@ def film_gif(
     times = [ms]*len(rest) + [5*ms]
     return write_whole(file, lambda p: first.save(p, format='GIF', save_all=True, append_images=rest, duration=times, loop=0))
 
-# %% ../nbs/11_viz.ipynb #8f68b598
+# %% ../nbs/11_viz.ipynb #0da81dba
 explanations = {
     'masked input': "This is all that the encoder sees: grey patches were cut out, and nothing is computed for them. The model has to guess them from the "
         "patches that are left.",
@@ -895,4 +895,4 @@ explanations = {
     'nearest patches': "The patches of all images whose features are most like those of the chosen one, each in the middle of its surroundings. The number is the "
         "cosine, where 1 is the same. A well trained model finds the same kind of thing, not only the same colour.",
     'ratio strip': "The same image with more and more patches hidden; what is hidden in one picture stays hidden in the next. Below each is what the model "
-        "makes of it. The number is the error of the hidden patches, which grows as less is left to guess from."}
+        "makes of it. The number is the error of the hidden patches, which usually grows as less is left to guess from."}

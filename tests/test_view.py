@@ -90,6 +90,13 @@ def test_an_identity_model_returns_the_image(norm, chans):
     assert reconstruct(view.model, photo).size == reconstruct(view.model, photo, seed=5).size
 
 
+@pytest.mark.parametrize('method,same', [('bootmae', True), ('dbot', False)])
+def test_a_prediction_is_normalised_as_in_the_loss(method, same):
+    view = View(know(tiny_model(method), photo), photo)
+    view.model.decoders['features'].every = 7*view.model.decoders['features'].every + 1
+    assert torch.allclose(view.predicted(False), view.target(False), atol=1e-3) == same
+
+
 def test_an_untrained_prediction_is_unrelated_to_the_centred_target():
     """An untrained predictor says nearly the same of every image, and the centred targets of the photographs that the mean was taken over add up to zero at each place:
     so the inner products add up to zero, and the cosines do but for the targets' different lengths (about 10 %) and what the predictor does tell apart."""
