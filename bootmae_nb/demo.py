@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['HAND', 'KINDS', 'RATIOS', 'MAX_SEED', 'MAX_DECODED', 'MAX_HEADER', 'HEIGHT', 'SIMILAR', 'MAX_JSON', 'STAGE',
-           'STAGE_JS', 'CSS', 'ABOUT', 'PROGRAMS', 'find_models', 'RequestError', 'check_mask', 'as_text', 'hand_mask',
-           'open_upload', 'Studio', 'data_url', 'legend', 'card', 'cards', 'reconstruction_card', 'similarity_picture',
-           'similarity_card', 'error_picture', 'pixel_cards', 'colour_pictures', 'colour_cards', 'query_pictures',
-           'query_cards', 'facts', 'facts_line', 'sheet', 'check_body', 'Guard', 'polite', 'stage_value', 'make_demo',
-           'Starter', 'serve', 'theme', 'main']
+           'STAGE_JS', 'CSS', 'ABOUT', 'NOTE', 'PROGRAMS', 'find_models', 'RequestError', 'check_mask', 'as_text',
+           'hand_mask', 'open_upload', 'Studio', 'data_url', 'legend', 'card', 'cards', 'reconstruction_card',
+           'similarity_picture', 'similarity_card', 'error_picture', 'pixel_cards', 'colour_pictures', 'colour_cards',
+           'query_pictures', 'query_cards', 'facts', 'facts_line', 'sheet', 'check_body', 'Guard', 'polite',
+           'stage_value', 'make_demo', 'Starter', 'serve', 'theme', 'main']
 
 # %% ../nbs/17_demo.ipynb #ae544a65
 import base64, html, io, json, math, os, re, shutil, subprocess, sys, threading, traceback
@@ -439,13 +439,16 @@ def polite(f):
         raise gr.Error(html.escape(said[:1].upper() + said[1:], quote=False), duration=8, print_exception=False) from None
     return _f
 
-# %% ../nbs/17_demo.ipynb #0f520d78
+# %% ../nbs/17_demo.ipynb #55f00b60
 STAGE = """
 <div class="cards">
   <figure class="card">
     <canvas class="paint" tabindex="0" role="application" aria-label="Mask"></canvas>
-    <div class="tools" role="group" aria-label="Mask by hand"><button type="button" data-do="invert">Invert</button><button type="button" data-do="clear">Show all</button><span class="say" aria-live="polite"></span></div>
-    <figcaption><b>What the model sees</b> Grey patches are hidden from it. Drag over the picture to hide or show patches; with the keyboard: arrow keys and space.</figcaption>
+    <div class="tools" role="group" aria-label="Mask by hand">
+      <button type="button" data-do="invert">Invert</button><button type="button" data-do="clear">Show all</button><span class="say" aria-live="polite"></span>
+    </div>
+    <figcaption><b>What the model sees</b> Grey patches are hidden from it. Drag over the picture to hide or show patches; with the keyboard: arrow
+    keys and space.</figcaption>
   </figure>
   <div class="slot"></div>
 </div>
@@ -460,17 +463,19 @@ function draw() {
   const w = c.width = img.naturalWidth, h = c.height = img.naturalHeight, x = c.getContext('2d'), pw = w/v.cols, ph = h/v.rows;
   x.drawImage(img, 0, 0);
   mask.forEach((m, i) => { if (!m) return;
-    const l = Math.round(i%v.cols*pw), t = Math.round(Math.floor(i/v.cols)*ph), r = Math.round((i%v.cols + 1)*pw), b = Math.round((Math.floor(i/v.cols) + 1)*ph);
+    const col = i%v.cols, row = Math.floor(i/v.cols);
+    const l = Math.round(col*pw), t = Math.round(row*ph), r = Math.round((col + 1)*pw), b = Math.round((row + 1)*ph);
     x.fillStyle = '#808080'; x.fillRect(l, t, r - l, b - t); x.fillStyle = '#8a8a8a'; x.fillRect(l, t, r - l - 1, b - t - 1); });
   if (document.activeElement === c && c.matches(':focus-visible')) {
     const l = cur%v.cols*pw, t = Math.floor(cur/v.cols)*ph;
-    x.lineWidth = 5; x.strokeStyle = '#fff'; x.strokeRect(l, t, pw, ph); x.lineWidth = 2; x.strokeStyle = '#000'; x.strokeRect(l, t, pw, ph); }
+    for (const [width, colour] of [[5, '#fff'], [2, '#000']]) { x.lineWidth = width; x.strokeStyle = colour; x.strokeRect(l, t, pw, ph); } }
 }
 function fill() {
   v = props.value; if (!v || !v.src) return;
   $('.slot').innerHTML = v.cards; mask = [...v.mask].map(o => o === '1'); cur = Math.min(cur, mask.length - 1);
   const next = new Image(); next.onload = () => { img = next; draw(); }; next.src = v.src;
-  canvas().setAttribute('aria-label', `Mask of ${v.rows} by ${v.cols} patches, ${mask.filter(o => o).length} hidden. Arrow keys move, space hides or shows a patch.`);
+  const n = mask.filter(o => o).length;
+  canvas().setAttribute('aria-label', `Mask of ${v.rows} by ${v.cols} patches, ${n} hidden. Arrow keys move, space hides or shows a patch.`);
 }
 function send() {
   clearTimeout(timer);
@@ -485,7 +490,10 @@ function at(e) {
 let last = null;
 function line(e) {
   const to = {x: e.clientX, y: e.clientY}, n = last ? Math.ceil(Math.hypot(to.x - last.x, to.y - last.y)/4) : 0;
-  for (let k = 0; k <= n; k++) { const f = n ? k/n : 1, i = at({clientX: last ? last.x + (to.x - last.x)*f : to.x, clientY: last ? last.y + (to.y - last.y)*f : to.y}); if (i >= 0) { mask[i] = brush; cur = i; } }
+  const from = last || to;
+  for (let k = 0; k <= n; k++) {
+    const f = n ? k/n : 1, i = at({clientX: from.x + (to.x - from.x)*f, clientY: from.y + (to.y - from.y)*f});
+    if (i >= 0) { mask[i] = brush; cur = i; } }
   last = to; draw();
 }
 element.addEventListener('pointerdown', e => { if (e.target !== canvas() || !v) return; const i = at(e); if (i < 0) return;
@@ -495,7 +503,8 @@ const stop = () => { if (brush !== null) { brush = null; last = null; send(); } 
 element.addEventListener('pointerup', stop); element.addEventListener('pointercancel', stop);
 element.addEventListener('keydown', e => { if (e.target !== canvas() || !v) return;
   const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -v.cols, ArrowDown: v.cols}[e.key];
-  if (step) { const to = cur + step; if (to >= 0 && to < mask.length && !(Math.abs(step) === 1 && Math.floor(to/v.cols) !== Math.floor(cur/v.cols))) cur = to; }
+  const row = i => Math.floor(i/v.cols);
+  if (step) { const to = cur + step; if (to >= 0 && to < mask.length && (Math.abs(step) !== 1 || row(to) === row(cur))) cur = to; }
   else if (e.key === ' ' || e.key === 'Enter') { mask[cur] = !mask[cur]; send(); } else return;
   e.preventDefault(); draw(); });
 element.addEventListener('focusin', draw); element.addEventListener('focusout', () => setTimeout(draw));
@@ -504,29 +513,61 @@ element.addEventListener('click', e => { const todo = e.target.dataset && e.targ
 watch('value', fill); fill();
 """
 
-# %% ../nbs/17_demo.ipynb #fbb91c28
+# %% ../nbs/17_demo.ipynb #b938fa4b
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; padding: 12px 16px !important; }
-#head h1 { margin: 0; font-size: 1.5rem; line-height: 1.2; } #head p { margin: .25rem 0 0; opacity: .8; max-width: 62rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); gap: 14px; align-items: start; }
+.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; padding: 0 !important; min-width: 0 !important; }
+.gradio-container .app { padding: 10px 20px !important; max-width: 100% !important; min-width: 0; }
+.gradio-container .html-container { padding: 0 !important; }
+#right, #left, #main { min-width: 0 !important; }
+#head { padding: 2px 0 4px; }
+#head h1 { margin: 0; font-size: 1.45rem; line-height: 1.2; }
+#head p { margin: .2rem 0 0; font-size: .9rem; color: var(--body-text-color-subdued); max-width: 66rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); gap: 14px; align-items: stretch; }
 .cards .slot { display: contents; }
-.card { margin: 0; min-width: 0; background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 10px; overflow: hidden; color: var(--body-text-color); }
-.card img, .card canvas { display: block; width: 100%; height: auto; margin: 0; border-radius: 0; aspect-ratio: attr(width) / attr(height); }
-.card canvas { cursor: crosshair; touch-action: pinch-zoom; user-select: none; } .card canvas:focus-visible { outline: 3px solid var(--color-accent); outline-offset: -3px; }
-.card figcaption { padding: 9px 12px 11px; font-size: .8rem; line-height: 1.4; color: var(--body-text-color-subdued); } .card figcaption b { display: block; color: var(--body-text-color); font-size: .92rem; }
-.card .none { display: grid; place-items: center; aspect-ratio: 1; background: var(--background-fill-secondary); color: var(--body-text-color-subdued); font-size: .85rem; }
-.legend { padding: 9px 12px 0; } .legend .bar { height: 9px; border-radius: 4px; } .legend .ticks { display: flex; justify-content: space-between; font-size: .72rem; line-height: 1.25; color: var(--body-text-color-subdued); padding-top: 3px; }
-.legend .ticks span:last-child { text-align: right; } .legend .ticks span:nth-child(2) { text-align: center; }
-.tools { display: flex; gap: 8px; align-items: center; padding: 9px 12px 0; } .tools .say { font-size: .75rem; color: var(--body-text-color-subdued); }
-.tools button { font-size: .75rem; padding: 3px 10px; border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); cursor: pointer; }
-.facts { display: flex; flex-wrap: wrap; gap: 4px 8px; font-size: .82rem; } .facts span { padding: 3px 10px; border-radius: 99px; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); color: var(--body-text-color); }
+.card { margin: 0; min-width: 0; overflow: hidden; color: var(--body-text-color); background: var(--block-background-fill);
+  border: 1px solid var(--border-color-primary); border-radius: 10px; }
+.card img, .card canvas { display: block; width: 100%; height: auto; margin: 0; border-radius: 0; }
+.card canvas { cursor: crosshair; touch-action: pinch-zoom; user-select: none; }
+.card canvas:focus-visible { outline: 3px solid var(--color-accent); outline-offset: -3px; }
+.card figcaption { padding: 8px 12px 11px; font-size: .8rem; line-height: 1.4; color: var(--body-text-color-subdued); }
+.card figcaption b { display: block; color: var(--body-text-color); font-size: .92rem; }
+.card .none { display: grid; place-items: center; aspect-ratio: 1; font-size: .85rem; color: var(--body-text-color-subdued); background: var(--background-fill-secondary); }
+.legend { padding: 9px 12px 0; }
+.legend .bar { height: 9px; border-radius: 4px; }
+.legend .ticks { display: flex; justify-content: space-between; padding-top: 3px; font-size: .72rem; line-height: 1.25; color: var(--body-text-color-subdued); }
+.legend .ticks span:last-child { text-align: right; }
+.tools { display: flex; gap: 8px; align-items: center; padding: 9px 12px 0; }
+.tools button { font-size: .75rem; padding: 3px 10px; border: 1px solid var(--border-color-primary); border-radius: 6px; cursor: pointer;
+  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); }
+.tools .say { font-size: .75rem; color: var(--body-text-color-subdued); }
+.facts { display: flex; flex-wrap: wrap; gap: 4px 8px; font-size: .82rem; padding-top: 2px; }
+.facts span { padding: 3px 10px; border-radius: 99px; color: var(--body-text-color); background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
 .banner { padding: 8px 14px; border-radius: 8px; border: 1px solid var(--border-color-accent); background: var(--background-fill-secondary); font-size: .88rem; }
-.small { font-size: .8rem; color: var(--body-text-color-subdued); }
+.small { margin: 0; font-size: .78rem; line-height: 1.4; color: var(--body-text-color-subdued); }
+#photos .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; gap: 6px; padding: 0; }
+#photos .grid-wrap { padding: 6px; }
+#photos .caption-label { left: 0; right: 0; bottom: 0; max-width: none; padding: 1px 4px; margin: 0; border: 0; border-radius: 0; font-size: .66rem; line-height: 1.35; text-align: center; opacity: .9; }
+#photos .thumbnail-lg { aspect-ratio: 1; height: auto !important; width: 100%; }
+#photos, #photos .grid-wrap { height: auto !important; }
+@media (max-width: 720px) {
+  .gradio-container .app { padding: 8px 12px !important; }
+  #head h1 { font-size: 1.2rem; } #head p { font-size: .82rem; }
+  #left { display: contents; } #left > * { order: 3; } #left > #source { order: 1; } #right { order: 2; }
+  #photos .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
+  #photos .caption-label { display: none; }
+}
 """
 
-# %% ../nbs/17_demo.ipynb #dbde627b
+# %% ../nbs/17_demo.ipynb #410afb6d
 ABOUT = """
-<div id="head"><h1>What a masked autoencoder sees</h1><p>Most of a picture is hidden from the model. It predicts the rest twice: as <b>pixels</b>, and as the <b>features</b> that a teacher, who sees everything, would have there. Choose a picture, hide what you like, and look at both.</p></div>
+<div id="head"><h1>What a masked autoencoder sees</h1>
+<p>Most of a picture is hidden from the model. It predicts the rest twice: as <b>pixels</b>, and as the <b>features</b> that a teacher, who sees
+everything, has there. Choose a picture, hide what you like, and look at both.</p></div>
+"""
+
+NOTE = """
+<p class="small">Download saves all pictures on one sheet. The address of this page holds the settings, so it can be shared. An uploaded picture is not part of it,
+and leaves the server after ten minutes.</p>
 """
 
 PROGRAMS = """
@@ -546,10 +587,12 @@ picture, numbers = client.predict(image=handle_file("cat.jpg"), mask="random", r
 teacher, predicted, numbers = client.predict(image=handle_file("cat.jpg"), patch=60, api_name="/query")
 ```
 
-Without an image, `photo="chelsea"` takes one of the photographs of the demo. `hidden` is a mask by hand, a text of 0 (shown) and 1 (hidden) for each patch in raster order, used with `mask="hand"`. `raw=True` compares features without taking off what all pictures share. `model` is a name from the list above; the first is used without it.
+Without an image, `photo="chelsea"` takes one of the photographs of the demo. `hidden` is a mask by hand, a text of 0 (shown) and 1 (hidden) for
+each patch in raster order, used with `mask="hand"`. `raw=True` compares features without taking off what all pictures share. `model` is a name
+from the list of models; the first is used without it.
 """
 
-# %% ../nbs/17_demo.ipynb #65fc065e
+# %% ../nbs/17_demo.ipynb #84e3472f
 def _grid_values(x): return [[round(float(o), 6) for o in row] for row in x]
 
 def _upload_as_path(component):
@@ -560,7 +603,8 @@ def _upload_as_path(component):
 def stage_value(view, centred=True):
     "What the first row shows"
     h,w = view.grid
-    return dict(src=data_url(_shown(view.picture)), mask=as_text(view.mask), rows=h, cols=w, cards=reconstruction_card(view) + similarity_card(view, centred))
+    return dict(src=data_url(_shown(view.picture)), mask=as_text(view.mask), rows=h, cols=w,
+                cards=reconstruction_card(view) + similarity_card(view, centred))
 
 def _from_query(query, studio):
     "The state in the address of the page, as far as it is meaningful"
@@ -578,13 +622,14 @@ def _from_query(query, studio):
 
 def _first_photo(studio): return 'chelsea' if 'chelsea' in studio.photos else next(iter(studio.photos), '')
 
-# %% ../nbs/17_demo.ipynb #309261c1
+# %% ../nbs/17_demo.ipynb #34652d94
 _SHARE = """(model, photo, kind, ratio, seed, hidden) => {
-  const u = new URL(window.location); for (const [k, x] of Object.entries({model, photo, mask: kind, ratio: Number(ratio).toFixed(2), seed})) u.searchParams.set(k, x);
+  const u = new URL(window.location), state = {model, photo, mask: kind, ratio: Number(ratio).toFixed(2), seed};
+  for (const [k, x] of Object.entries(state)) u.searchParams.set(k, x);
   if (kind === 'hand') u.searchParams.set('hidden', hidden); else u.searchParams.delete('hidden');
   window.history.replaceState(null, '', u); }"""
-_SAVE = "(url) => { if (!url) return; const a = document.createElement('a'); a.href = url; a.download = 'masked_autoencoder.png'; document.body.appendChild(a); a.click(); a.remove(); }"
-_COPY = "() => { const said = navigator.clipboard && window.isSecureContext ? navigator.clipboard.writeText(window.location.href) : null; return null; }"
+_SAVE = """(url) => { if (!url) return;
+  const a = document.createElement('a'); a.href = url; a.download = 'masked_autoencoder.png'; document.body.appendChild(a); a.click(); a.remove(); }"""
 
 def make_demo(
     models:dict, # Name -> model, or its checkpoint; the first one is shown first
@@ -595,37 +640,41 @@ def make_demo(
     with gr.Blocks(title='What a masked autoencoder sees', analytics_enabled=False, delete_cache=(60, 600)) as demo:
         gr.HTML(ABOUT)
         banner = gr.HTML(visible=False)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=290):
+        with gr.Row(equal_height=False, elem_id='main'):
+            with gr.Column(scale=3, min_width=270, elem_id='left'):
                 ui = _controls(studio, names)
-            with gr.Column(scale=9, min_width=320):
+            with gr.Column(scale=9, min_width=320, elem_id='right'):
                 out = _pictures()
         _wire(demo, studio, ui, out, banner, status)
         _endpoints(studio, ui)
     demo.studio = studio
     return demo
 
-# %% ../nbs/17_demo.ipynb #bf570e7d
+# %% ../nbs/17_demo.ipynb #88522bee
 def _controls(studio, names):
     "The column on the left: picture, model, mask"
     first = _first_photo(studio); photos = list(studio.photos)
-    with gr.Tabs():
+    with gr.Tabs(elem_id='source'):
         with gr.Tab('Photographs'):
-            gallery = gr.Gallery([(_thumb(p), p.replace('_', ' ')) for p in photos], label='Photographs', show_label=False, columns=4, height=206, allow_preview=False, object_fit='cover',
-                                 interactive=False, buttons=[], selected_index=photos.index(first) if first else None, elem_id='photos')
+            thumbs = [(_thumb(p), p.replace('_', ' ')) for p in photos]
+            gallery = gr.Gallery(thumbs, label='Photographs', show_label=False, columns=4, allow_preview=False, object_fit='cover', interactive=False,
+                                 buttons=[], selected_index=photos.index(first) if first else None, elem_id='photos')
         with gr.Tab('Your picture'):
-            upload = _upload_as_path(gr.Image(label='Upload, camera or clipboard', type='filepath', image_mode=None, sources=['upload', 'webcam', 'clipboard'], height=206, buttons=[], elem_id='upload'))
+            upload = gr.Image(label='Upload, camera or clipboard', type='filepath', image_mode=None, sources=['upload', 'webcam', 'clipboard'],
+                              height=220, buttons=[], elem_id='upload')
     photo = gr.Textbox(first, label='Photograph', visible='hidden')
-    model = gr.Dropdown(names, value=names[0], label='Model', elem_id='model', filterable=False)
-    kind = gr.Dropdown([(v, k) for k,v in KINDS.items()], value='block', label='Mask', elem_id='kind', filterable=False)
-    ratio = gr.Slider(*RATIOS, value=.75, step=.05, label='Share of hidden patches', elem_id='ratio', buttons=[])
-    with gr.Row(equal_height=True):
-        seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label='Seed of the mask', min_width=110, elem_id='seed')
-        another = gr.Button('Another mask', min_width=110, elem_id='another')
-    raw = gr.Checkbox(False, label='Raw similarity (with what all pictures share)', elem_id='raw')
-    save = gr.Button('Download all pictures as a sheet', variant='primary', elem_id='save')
+    with gr.Group():
+        model = gr.Dropdown(names, value=names[0], label='Model', elem_id='model', filterable=False)
+        kind = gr.Dropdown([(v, k) for k,v in KINDS.items()], value='block', label='Mask', elem_id='kind', filterable=False)
+        ratio = gr.Slider(*RATIOS, value=.75, step=.05, label='Hidden share', elem_id='ratio', buttons=[])
+        seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label='Seed', elem_id='seed')
+        raw = gr.Checkbox(False, label='Raw similarity', info='with what all pictures share at a place', elem_id='raw')
+    with gr.Row():
+        another = gr.Button('Another mask', min_width=90, size='md', elem_id='another')
+        save = gr.Button('Download', variant='primary', min_width=90, size='md', elem_id='save')
     hidden = gr.Textbox('', label='Mask by hand', visible='hidden')
-    gr.HTML('<p class="small">The address of this page holds the settings, so it can be shared. Uploaded pictures stay on this server for ten minutes at most and are not part of it.</p>')
+    gr.HTML(NOTE)
+    _upload_as_path(upload)
     return dict(gallery=gallery, upload=upload, photo=photo, model=model, kind=kind, ratio=ratio, seed=seed, another=another, raw=raw, save=save, hidden=hidden)
 
 def _thumb(name):
@@ -649,7 +698,7 @@ def _pictures():
         with gr.Tab('For programs'): gr.Markdown(PROGRAMS)
     return dict(line=line, stage=stage, pixels=pixels, colours=colours, ask=ask, patch=patch, answer=answer)
 
-# %% ../nbs/17_demo.ipynb #adad8e67
+# %% ../nbs/17_demo.ipynb #f0ae569e
 def _picture_to_click(view, patch): return overlay(view.picture, torch.zeros(view.grid), opacity=0., height=HEIGHT, legend=False, mark=patch)
 
 def _wire(demo, studio, ui, out, banner, status):
@@ -710,9 +759,9 @@ def _wire(demo, studio, ui, out, banner, status):
 
     share(demo.load(restore, None, [*state, out['patch']], **quiet).then(show, inputs, outputs, **quiet))
     share(ui['gallery'].select(take, None, [ui['photo'], ui['upload']], **quiet).then(show, inputs, outputs, **quiet))
-    share(gr.on([ui['upload'].input, ui['upload'].clear, ui['model'].input, ui['kind'].input, ui['ratio'].release, ui['ratio'].input, ui['seed'].input, ui['raw'].input], show, inputs, outputs,
-                trigger_mode='always_last', **quiet))
-    share(ui['another'].click(lambda seed: (int(seed or 0) + 1) % MAX_SEED, ui['seed'], ui['seed'], **quiet).then(_not_by_hand, ui['kind'], ui['kind'], **quiet).then(show, inputs, outputs, **quiet))
+    changed = [ui['upload'].input, ui['upload'].clear, *(ui[k].input for k in ('model', 'kind', 'ratio', 'seed', 'raw'))]
+    share(gr.on(changed, show, inputs, outputs, trigger_mode='always_last', **quiet))
+    share(ui['another'].click(_another, [ui['seed'], ui['kind']], [ui['seed'], ui['kind']], **quiet).then(show, inputs, outputs, **quiet))
     share(out['stage'].input(paint, inputs, outputs, trigger_mode='always_last', **quiet))
     asked = [out['patch'], out['ask'], out['answer']]
     out['ask'].select(click, inputs, asked, trigger_mode='always_last', **quiet)
@@ -720,18 +769,20 @@ def _wire(demo, studio, ui, out, banner, status):
     ui['save'].click(to_sheet, inputs, box, **quiet).then(None, box, None, js=_SAVE, api_visibility='private')
     if status is not None: _tell(demo, banner, status, show, inputs, outputs, quiet)
 
-def _not_by_hand(kind): return 'block' if kind == HAND else kind
+def _another(seed, kind): return (int(seed or 0) + 1) % MAX_SEED, 'block' if kind == HAND else kind
 
 def _tell(demo, banner, status, show, inputs, outputs, quiet):
     "Say what is going on until there is nothing to say, then show the pictures anew"
     timer = gr.Timer(3)
-    say = lambda: (lambda s: (gr.HTML(f'<div class="banner" role="status">{html.escape(s)}</div>' if s else '', visible=bool(s)), gr.Timer(active=bool(s))))(status())
+    def say():
+        s = status()
+        return gr.HTML(f'<div class="banner" role="status">{html.escape(s)}</div>' if s else '', visible=bool(s)), gr.Timer(active=bool(s))
     own = quiet | dict(concurrency_id='status')
     timer.tick(say, None, [banner, timer], **own)
     demo.load(say, None, [banner, timer], **own)
     banner.change(show, inputs, outputs, **quiet)
 
-# %% ../nbs/17_demo.ipynb #f63c56ed
+# %% ../nbs/17_demo.ipynb #58ebd1a3
 def _endpoints(studio, ui):
     "`/reconstruct`, `/similarity` and `/query`"
     image = _upload_as_path(gr.Image(label='Image', type='filepath', image_mode=None, visible=False))
@@ -766,17 +817,18 @@ def _endpoints(studio, ui):
         return *query_pictures(view, patch, not raw), facts(view, not raw) | dict(patch=patch) | values
 
     shared = dict(concurrency_id='model', concurrency_limit=1)
-    go.click(reconstruct, common, [*pics[:4], numbers], api_name='reconstruct', api_description='Hide a part of a picture and let the model fill it in', **shared)
-    go.click(similarity, [*common, raw], [pics[4], numbers], api_name='similarity', api_description="How near the predicted features come to the teacher's, patch by patch", **shared)
-    go.click(query, [*common, patch, raw], [*pics[5:], numbers], api_name='query', api_description='Where a picture is like one of its patches', **shared)
+    for f,ins,outs in (reconstruct, common, pics[:4]), (similarity, [*common, raw], pics[4:5]), (query, [*common, patch, raw], pics[5:]):
+        go.click(f, ins, [*outs, numbers], api_name=f.__name__, api_description=f.__doc__, **shared)
 
-# %% ../nbs/17_demo.ipynb #cfac928c
+# %% ../nbs/17_demo.ipynb #c9cea869
 _SMALL = dict(img_size=96, patch_size=8, width=128, depth=4, heads=4, pixel_width=128)
 _SMALL_FLAGS = ('--arch vit_tiny_patch16_224 --method bootmae --img-size 96 --patch-size 8 --set width=128 depth=4 heads=4 pixel_width=128 '
                 '--epochs {epochs} --crops 64 --min-scale 0.7 --valid-pct 0.1 --bs 8 --lr 2e-3 --clip 1 --precision fp32 --seed 42 --overwrite')
 
 class Starter:
     "A small model that is trained beside the demo where there is no checkpoint"
+    _untrained = 'No checkpoint was found, so these pictures come from an untrained model. A small one is being trained on the photographs'
+
     def __init__(self,
         folder, # Where the trained model is kept
         name:str='small model', # Its name in the list
@@ -792,7 +844,7 @@ class Starter:
 
     def start(self):
         "Begin to train, in a thread that watches a process"
-        self.text = 'No checkpoint was found, so these pictures come from an untrained model. A small one is being trained on the photographs; it will take over in a few minutes.'
+        self.text = self._untrained + ': it takes some minutes, then it takes over.'
         threading.Thread(target=self._train, daemon=True).start()
 
     def _train(self):
@@ -814,9 +866,9 @@ class Starter:
         m = re.match(r'\s*(\d+)\s', line)
         if not m: return
         print(f'training the small model: epoch {int(m[1]) + 1} of {self.epochs}', flush=True)
-        self.text = f'No checkpoint was found, so these pictures come from an untrained model. A small one is being trained on the photographs: {int(m[1]) + 1} of {self.epochs} passes are done.'
+        self.text = self._untrained + f': {int(m[1]) + 1} of {self.epochs} passes are done.'
 
-# %% ../nbs/17_demo.ipynb #5ac972b6
+# %% ../nbs/17_demo.ipynb #69332101
 def serve(
     demo:gr.Blocks, # Of `make_demo`
     host:str='127.0.0.1', # Address to listen on
@@ -835,7 +887,10 @@ def serve(
 
 def theme():
     "Gradio's soft theme, with fonts that every machine has"
-    return gr.themes.Soft(primary_hue='violet', neutral_hue='slate', font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'], radius_size='md', spacing_size='sm')
+    soft = gr.themes.Soft(primary_hue='violet', neutral_hue='slate', font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'],
+                          radius_size='md', spacing_size='sm', text_size='sm')
+    return soft.set(**{f'block_title_{k}{dark}': v for dark in ('', '_dark') for k,v in dict(background_fill='none', text_color='*body_text_color').items()},
+                    block_title_padding='0', block_title_text_weight='500')
 
 # %% ../nbs/17_demo.ipynb #4fee4b3c
 def main(
