@@ -513,7 +513,7 @@ element.addEventListener('click', e => { const todo = e.target.dataset && e.targ
 watch('value', fill); fill();
 """
 
-# %% ../nbs/17_demo.ipynb #b938fa4b
+# %% ../nbs/17_demo.ipynb #ae2dc8cf
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; padding: 0 !important; min-width: 0 !important; }
 .gradio-container .app { padding: 10px 20px !important; max-width: 100% !important; min-width: 0; }
@@ -531,7 +531,8 @@ CSS = """
 .card canvas:focus-visible { outline: 3px solid var(--color-accent); outline-offset: -3px; }
 .card figcaption { padding: 8px 12px 11px; font-size: .8rem; line-height: 1.4; color: var(--body-text-color-subdued); }
 .card figcaption b { display: block; color: var(--body-text-color); font-size: .92rem; }
-.card .none { display: grid; place-items: center; aspect-ratio: 1; font-size: .85rem; color: var(--body-text-color-subdued); background: var(--background-fill-secondary); }
+.card .none { display: grid; place-items: center; aspect-ratio: 1; font-size: .85rem; color: var(--body-text-color-subdued);
+  background: var(--background-fill-secondary); }
 .legend { padding: 9px 12px 0; }
 .legend .bar { height: 9px; border-radius: 4px; }
 .legend .ticks { display: flex; justify-content: space-between; padding-top: 3px; font-size: .72rem; line-height: 1.25; color: var(--body-text-color-subdued); }
@@ -541,14 +542,17 @@ CSS = """
   background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); }
 .tools .say { font-size: .75rem; color: var(--body-text-color-subdued); }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 8px; font-size: .82rem; padding-top: 2px; }
-.facts span { padding: 3px 10px; border-radius: 99px; color: var(--body-text-color); background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+.facts span { padding: 3px 10px; border-radius: 99px; color: var(--body-text-color); background: var(--background-fill-secondary);
+  border: 1px solid var(--border-color-primary); }
 .banner { padding: 8px 14px; border-radius: 8px; border: 1px solid var(--border-color-accent); background: var(--background-fill-secondary); font-size: .88rem; }
 .small { margin: 0; font-size: .78rem; line-height: 1.4; color: var(--body-text-color-subdued); }
 #photos .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; gap: 6px; padding: 0; }
 #photos .grid-wrap { padding: 6px; }
-#photos .caption-label { left: 0; right: 0; bottom: 0; max-width: none; padding: 1px 4px; margin: 0; border: 0; border-radius: 0; font-size: .66rem; line-height: 1.35; text-align: center; opacity: .9; }
+#photos .caption-label { left: 0; right: 0; bottom: 0; max-width: none; padding: 1px 4px; margin: 0; border: 0; border-radius: 0;
+  font-size: .66rem; line-height: 1.35; text-align: center; opacity: .9; }
 #photos .thumbnail-lg { aspect-ratio: 1; height: auto !important; width: 100%; }
-#photos, #photos .grid-wrap { height: auto !important; }
+#photos, #photos .grid-wrap, #photos .gallery-item { height: auto !important; min-height: 0 !important; max-height: none !important; }
+#photos .grid-container { grid-template-rows: none !important; grid-auto-rows: auto !important; height: auto !important; min-height: 0 !important; }
 @media (max-width: 720px) {
   .gradio-container .app { padding: 8px 12px !important; }
   #head h1 { font-size: 1.2rem; } #head p { font-size: .82rem; }
@@ -782,7 +786,7 @@ def _tell(demo, banner, status, show, inputs, outputs, quiet):
     demo.load(say, None, [banner, timer], **own)
     banner.change(show, inputs, outputs, **quiet)
 
-# %% ../nbs/17_demo.ipynb #58ebd1a3
+# %% ../nbs/17_demo.ipynb #a4568d9e
 def _endpoints(studio, ui):
     "`/reconstruct`, `/similarity` and `/query`"
     image = _upload_as_path(gr.Image(label='Image', type='filepath', image_mode=None, visible=False))
@@ -792,7 +796,8 @@ def _endpoints(studio, ui):
         model,ratio = gr.Dropdown(list(studio.models), value=first, label='Model'), gr.Slider(*RATIOS, value=.75, step=.05, label='Share of hidden patches')
         seed,hidden = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label='Seed'), gr.Textbox('', label='Mask by hand: 0 and 1 for each patch')
         raw,patch = gr.Checkbox(False, label='Raw similarity'), gr.Number(0, minimum=0, maximum=2**16, precision=0, label='Patch')
-        pics = [gr.Image(label=o, format='png', interactive=False) for o in ('Masked input', 'Reconstruction', 'Prediction', 'Error', 'Similarity', 'By the teacher', 'By the prediction')]
+        labels = 'Masked input', 'Reconstruction', 'Prediction', 'Error', 'Similarity', 'By the teacher', 'By the prediction'
+        pics = [gr.Image(label=o, format='png', interactive=False) for o in labels]
         numbers,go = gr.JSON(label='Numbers'), gr.Button('For programs')
     common = [image, photo, model, mask, ratio, seed, hidden]
 
