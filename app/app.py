@@ -1,14 +1,12 @@
 """The demo: `python app/app.py`, or `bootmae-demo` where the package is installed. The page itself is made in nbs/17_demo.ipynb."""
-from fastcore.script import call_parse
+import os
+import sys
+from pathlib import Path
 
-from bootmae_nb.demo import main, make_demo # noqa: F401
+sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # a checkout works without being installed
+if os.environ.get('SPACE_ID'): os.environ.setdefault('BOOTMAE_DEMO_HOST', '0.0.0.0') # a Hugging Face Space looks from outside
 
+from bootmae_nb.cli import bootmae_demo # noqa: E402
+from bootmae_nb.demo import main, make_demo # noqa: E402, F401
 
-@call_parse
-def app(
-    checkpoint:str=None, # A checkpoint, or a folder that holds some; the newest runs, or the packaged model, if not given
-    host:str=None, # Address to listen on; settings.ini's if not given
-    port:int=None, # Port; settings.ini's if not given
-):
-    "Serve the demo"
-    main(checkpoint, host, port)
+if __name__ == '__main__': bootmae_demo()

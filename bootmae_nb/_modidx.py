@@ -184,6 +184,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bootmae_nb.cli._write_authors': ('cli.html#_write_authors', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._write_run': ('cli.html#_write_run', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli.bootmae_convert': ('cli.html#bootmae_convert', 'bootmae_nb/cli.py'),
+                                'bootmae_nb.cli.bootmae_demo': ('cli.html#bootmae_demo', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli.bootmae_reconstruct': ('cli.html#bootmae_reconstruct', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli.bootmae_train': ('cli.html#bootmae_train', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli.plain_errors': ('cli.html#plain_errors', 'bootmae_nb/cli.py')},

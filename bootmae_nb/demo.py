@@ -264,7 +264,7 @@ def pixel_cards(view):
                  card('Error', err, 'How far the predicted pixels of each hidden patch are from the true ones, as a root mean square. Pixels run from 0 to 1.',
                       legend('cividis', 0, top, ('exact', 'far off'))))
 
-# %% ../nbs/17_demo.ipynb #ffcfa102
+# %% ../nbs/17_demo.ipynb #1925d12f
 def colour_pictures(view):
     "The teacher's and the predicted features as colours"
     targ = view.target()
@@ -279,6 +279,7 @@ def colour_cards(view):
     if not view.has_features: return cards(card('Features as colours', None, _no_features(view)))
     teacher,pred = colour_pictures(view)
     return cards(
+        card('The picture', _shown(view.picture), 'What the teacher sees. The model sees only the patches that are not hidden.'),
         card("Teacher's features", teacher, 'Each patch in a colour made from the three directions in which the features of this picture differ most. '
              'Patches of like colour mean like things to the teacher. The colours themselves have no meaning.'),
         card('Predicted features', pred, 'What the model predicts for the hidden patches without seeing them, in the same colours. Patches that it saw are faded.'))
@@ -369,7 +370,7 @@ def check_body(
     except RequestError: raise
     except (ValueError, RecursionError): raise RequestError('the request is not JSON') from None
 
-# %% ../nbs/17_demo.ipynb #9dfa7b72
+# %% ../nbs/17_demo.ipynb #83ce9be6
 class Guard:
     "ASGI middleware that lets only harmless requests reach the demo"
     def __init__(self, app, max_upload=10*2**20): self.app,self.max_upload = app, max_upload + MAX_JSON
@@ -411,7 +412,7 @@ class Guard:
         async def guarded(msg):
             nonlocal started, failed
             if msg['type'] == 'http.response.start':
-                if msg['status'] >= 500 and not started: failed = started = True; return await _answer(send, 400, 'this request cannot be answered')
+                if msg['status'] == 500 and not started: failed = started = True; return await _answer(send, 400, 'this request cannot be answered')
                 started = True
             if not failed: await send(msg)
         try: await self.app(scope, receive, guarded)
@@ -825,10 +826,11 @@ def _endpoints(studio, ui):
     for f,ins,outs in (reconstruct, common, pics[:4]), (similarity, [*common, raw], pics[4:5]), (query, [*common, patch, raw], pics[5:]):
         go.click(f, ins, [*outs, numbers], api_name=f.__name__, api_description=f.__doc__, **shared)
 
-# %% ../nbs/17_demo.ipynb #c9cea869
-_SMALL = dict(img_size=96, patch_size=8, width=128, depth=4, heads=4, pixel_width=128)
-_SMALL_FLAGS = ('--arch vit_tiny_patch16_224 --method bootmae --img-size 96 --patch-size 8 --set width=128 depth=4 heads=4 pixel_width=128 '
-                '--epochs {epochs} --crops 64 --min-scale 0.7 --valid-pct 0.1 --bs 8 --lr 2e-3 --clip 1 --precision fp32 --seed 42 --overwrite')
+# %% ../nbs/17_demo.ipynb #be29fec0
+_SMALL = dict(arch='vit_tiny_patch16_224', img_size=96, patch_size=8, width=128, depth=4, heads=4, pixel_width=128)
+_TRAINING = dict(source='photos', arch='vit_tiny_patch16_224', method='bootmae', img_size='96', patch_size=8, set=['width=128', 'depth=4', 'heads=4', 'pixel_width=128'],
+                 crops=64, min_scale=.7, valid_pct=.1, bs=8, lr=2e-3, clip=1., precision='fp32', device='cpu', seed=42, overwrite=True)
+_TRAIN = 'import json, sys; from bootmae_nb.cli import bootmae_train; bootmae_train(**json.loads(sys.argv[1]))'
 
 class Starter:
     "A small model that is trained beside the demo where there is no checkpoint"
@@ -841,7 +843,7 @@ class Starter:
     ):
         self.folder,self.name,self.epochs,self.text = Path(folder), name, epochs, ''
         kept = self.folder/'model.safetensors'
-        self.models = {name: kept if kept.is_file() else mim_model('bootmae', 'vit_tiny_patch16_224', seed=0, **_SMALL).eval()}
+        self.models = {name: kept if kept.is_file() else mim_model('bootmae', seed=0, **_SMALL).eval()}
 
     @property
     def needed(self): return not (self.folder/'model.safetensors').is_file()
@@ -853,13 +855,13 @@ class Starter:
         threading.Thread(target=self._train, daemon=True).start()
 
     def _train(self):
-        script = Path(sys.executable).parent/'bootmae-train'
-        cmd = [str(script), 'photos', '--out', str(self.folder/'new'), *_SMALL_FLAGS.format(epochs=self.epochs).split()]
+        cmd = [sys.executable, '-c', _TRAIN, json.dumps(_TRAINING | dict(epochs=self.epochs, out=str(self.folder/'new')))]
         if shutil.which('nice'): cmd = ['nice', '-n', '10', *cmd]
+        env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep))
         try:
-            with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, BOOTMAE_DEVICE='cpu')) as p:
+            with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
                 for line in p.stdout: self._progress(line)
-            if p.returncode: raise OSError(f'bootmae-train ended with status {p.returncode}')
+            if p.returncode: raise OSError(f'training ended with status {p.returncode}')
             for o in ('model.json', 'model.safetensors'): os.replace(self.folder/'new'/o, self.folder/o)
             self.models[self.name] = load_model(self.folder); self.text = ''
             print('The small model is trained and in use.', flush=True)
@@ -873,7 +875,7 @@ class Starter:
         print(f'training the small model: epoch {int(m[1]) + 1} of {self.epochs}', flush=True)
         self.text = self._untrained + f': {int(m[1]) + 1} of {self.epochs} passes are done.'
 
-# %% ../nbs/17_demo.ipynb #69332101
+# %% ../nbs/17_demo.ipynb #507b4b42
 def serve(
     demo:gr.Blocks, # Of `make_demo`
     host:str='127.0.0.1', # Address to listen on
@@ -894,8 +896,10 @@ def theme():
     "Gradio's soft theme, with fonts that every machine has"
     soft = gr.themes.Soft(primary_hue='violet', neutral_hue='slate', font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'],
                           radius_size='md', spacing_size='sm', text_size='sm')
-    return soft.set(**{f'block_title_{k}{dark}': v for dark in ('', '_dark') for k,v in dict(background_fill='none', text_color='*body_text_color').items()},
-                    block_title_padding='0', block_title_text_weight='500')
+    plain = dict(block_title_background_fill='none', block_title_text_color='*body_text_color',
+                 block_label_background_fill='*block_background_fill', block_label_text_color='*body_text_color')
+    return soft.set(**plain, **{f'{k}_dark': v for k,v in plain.items()},
+                    block_title_padding='0', block_title_text_weight='500', block_label_text_weight='500', body_text_color_subdued='*neutral_500')
 
 # %% ../nbs/17_demo.ipynb #4fee4b3c
 def main(
