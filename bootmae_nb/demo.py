@@ -8,8 +8,8 @@ __all__ = ['HAND', 'KINDS', 'RATIOS', 'MAX_SEED', 'MAX_DECODED', 'MAX_HEADER', '
            'query_pictures', 'query_cards', 'facts', 'facts_line', 'sheet', 'check_body', 'Guard', 'polite',
            'stage_value', 'make_demo', 'Starter', 'serve', 'theme', 'main']
 
-# %% ../nbs/17_demo.ipynb #ae544a65
-import base64, html, io, json, math, os, re, shutil, subprocess, sys, threading, traceback
+# %% ../nbs/17_demo.ipynb #055e62d3
+import atexit, base64, html, io, json, math, os, re, shutil, subprocess, sys, threading, traceback
 from collections import OrderedDict
 from functools import wraps
 from hashlib import blake2b
@@ -109,7 +109,14 @@ def hand_mask(
     if len(set(text)) < 2: raise RequestError('hide at least one patch, and show at least one')
     return FixedMask(np.array([o == '1' for o in text]).reshape(h, w))
 
-# %% ../nbs/17_demo.ipynb #f0565a7c
+# %% ../nbs/17_demo.ipynb #7032b79f
+def _cover(im, size):
+    "The middle of a picture at the model's size; the box never leaves the picture by a rounding error"
+    h,w = size; scale = max(h/im.height, w/im.width)
+    left,top = max(0., (im.width - w/scale)/2), max(0., (im.height - h/scale)/2)
+    box = left, top, min(im.width, left + w/scale), min(im.height, top + h/scale)
+    return im.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=3.)
+
 def open_upload(
     path, # An uploaded file
     model:MaskedAutoencoder, # Says channels and size
@@ -119,7 +126,7 @@ def open_upload(
     try:
         w,h = image_size(path, MAX_HEADER, side, name='the picture')
         if w*h > MAX_DECODED: raise ImageError(f'the picture has {w:,} x {h:,} pixels, more than {MAX_DECODED:,}: make it smaller')
-        return open_image(path, model.in_chans, MAX_HEADER, side, name='the picture')
+        return _cover(open_image(path, model.in_chans, MAX_HEADER, side, name='the picture'), model.img_size)
     except ImageError as e: raise RequestError(str(e).replace(', or raise max_pixels', '')) from None
 
 # %% ../nbs/17_demo.ipynb #bbc90fff
@@ -597,13 +604,22 @@ each patch in raster order, used with `mask="hand"`. `raw=True` compares feature
 from the list of models; the first is used without it.
 """
 
-# %% ../nbs/17_demo.ipynb #84e3472f
+# %% ../nbs/17_demo.ipynb #e9ae4050
 def _grid_values(x): return [[round(float(o), 6) for o in row] for row in x]
 
 def _upload_as_path(component):
     "Let an image component hand over the file as it is, for our own opener: Gradio's would decode it first"
     component.preprocess = lambda payload: None if payload is None else str(payload.path)
     return component
+
+def _careful(component):
+    "Let a component refuse a value of a wrong kind in a sentence"
+    inner = component.preprocess
+    def preprocess(payload):
+        try: return inner(payload)
+        except gr.Error: raise
+        except Exception: raise gr.Error(f'{component.label}: this value cannot be used', duration=8, print_exception=False) from None
+    component.preprocess = preprocess
 
 def stage_value(view, centred=True):
     "What the first row shows"
@@ -627,7 +643,7 @@ def _from_query(query, studio):
 
 def _first_photo(studio): return 'chelsea' if 'chelsea' in studio.photos else next(iter(studio.photos), '')
 
-# %% ../nbs/17_demo.ipynb #34652d94
+# %% ../nbs/17_demo.ipynb #6e464891
 _SHARE = """(model, photo, kind, ratio, seed, hidden) => {
   const u = new URL(window.location), state = {model, photo, mask: kind, ratio: Number(ratio).toFixed(2), seed};
   for (const [k, x] of Object.entries(state)) u.searchParams.set(k, x);
@@ -651,7 +667,9 @@ def make_demo(
             with gr.Column(scale=9, min_width=320, elem_id='right'):
                 out = _pictures()
         _wire(demo, studio, ui, out, banner, status)
-        _endpoints(studio, ui)
+        _endpoints(studio)
+    for o in demo.blocks.values():
+        if isinstance(o, gr.Slider|gr.Number|gr.Dropdown|gr.Textbox|gr.Checkbox|gr.Image): _careful(o)
     demo.studio = studio
     return demo
 
@@ -787,8 +805,8 @@ def _tell(demo, banner, status, show, inputs, outputs, quiet):
     demo.load(say, None, [banner, timer], **own)
     banner.change(show, inputs, outputs, **quiet)
 
-# %% ../nbs/17_demo.ipynb #a4568d9e
-def _endpoints(studio, ui):
+# %% ../nbs/17_demo.ipynb #6b2839b7
+def _endpoints(studio):
     "`/reconstruct`, `/similarity` and `/query`"
     image = _upload_as_path(gr.Image(label='Image', type='filepath', image_mode=None, visible=False))
     first = next(iter(studio.models))
@@ -826,7 +844,7 @@ def _endpoints(studio, ui):
     for f,ins,outs in (reconstruct, common, pics[:4]), (similarity, [*common, raw], pics[4:5]), (query, [*common, patch, raw], pics[5:]):
         go.click(f, ins, [*outs, numbers], api_name=f.__name__, api_description=f.__doc__, **shared)
 
-# %% ../nbs/17_demo.ipynb #be29fec0
+# %% ../nbs/17_demo.ipynb #1561f376
 _SMALL = dict(arch='vit_tiny_patch16_224', img_size=96, patch_size=8, width=128, depth=4, heads=4, pixel_width=128)
 _TRAINING = dict(source='photos', arch='vit_tiny_patch16_224', method='bootmae', img_size='96', patch_size=8, set=['width=128', 'depth=4', 'heads=4', 'pixel_width=128'],
                  crops=64, min_scale=.7, valid_pct=.1, bs=8, lr=2e-3, clip=1., precision='fp32', device='cpu', seed=42, overwrite=True)
@@ -841,13 +859,17 @@ class Starter:
         name:str='small model', # Its name in the list
         epochs:int=6, # Epochs of its training
     ):
-        self.folder,self.name,self.epochs,self.text = Path(folder), name, epochs, ''
+        self.folder,self.name,self.epochs,self.text,self.process = Path(folder), name, epochs, '', None
         kept = self.folder/'model.safetensors'
         self.models = {name: kept if kept.is_file() else mim_model('bootmae', seed=0, **_SMALL).eval()}
 
     @property
     def needed(self): return not (self.folder/'model.safetensors').is_file()
     def status(self): return self.text
+
+    def stop(self):
+        "End the training"
+        if self.process: self.process.terminate()
 
     def start(self):
         "Begin to train, in a thread that watches a process"
@@ -858,8 +880,10 @@ class Starter:
         cmd = [sys.executable, '-c', _TRAIN, json.dumps(_TRAINING | dict(epochs=self.epochs, out=str(self.folder/'new')))]
         if shutil.which('nice'): cmd = ['nice', '-n', '10', *cmd]
         env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep))
+        atexit.register(self.stop)
         try:
             with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
+                self.process = p
                 for line in p.stdout: self._progress(line)
             if p.returncode: raise OSError(f'training ended with status {p.returncode}')
             for o in ('model.json', 'model.safetensors'): os.replace(self.folder/'new'/o, self.folder/o)
@@ -870,7 +894,7 @@ class Starter:
             self.text = 'These pictures come from an untrained model. Train one with bootmae-train, then start the demo again.'
 
     def _progress(self, line):
-        m = re.match(r'\s*(\d+)\s', line)
+        m = re.match(r'\s*(\d+)(\s+\d+\.\d+){2}', line)
         if not m: return
         print(f'training the small model: epoch {int(m[1]) + 1} of {self.epochs}', flush=True)
         self.text = self._untrained + f': {int(m[1]) + 1} of {self.epochs} passes are done.'
