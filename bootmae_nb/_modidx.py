@@ -306,6 +306,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bootmae_nb.demo.polite': ('demo.html#polite', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo.query_cards': ('demo.html#query_cards', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo.query_pictures': ('demo.html#query_pictures', 'bootmae_nb/demo.py'),
+                                 'bootmae_nb.demo.query_range': ('demo.html#query_range', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo.reconstruction_card': ('demo.html#reconstruction_card', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo.serve': ('demo.html#serve', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo.sheet': ('demo.html#sheet', 'bootmae_nb/demo.py'),

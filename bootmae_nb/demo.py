@@ -5,8 +5,8 @@ __all__ = ['HAND', 'KINDS', 'RATIOS', 'MAX_SEED', 'MAX_DECODED', 'MAX_HEADER', '
            'STAGE_JS', 'CSS', 'ABOUT', 'NOTE', 'PROGRAMS', 'find_models', 'RequestError', 'check_mask', 'as_text',
            'hand_mask', 'open_upload', 'Studio', 'data_url', 'legend', 'card', 'cards', 'reconstruction_card',
            'similarity_picture', 'similarity_card', 'error_picture', 'pixel_cards', 'colour_pictures', 'colour_cards',
-           'query_pictures', 'query_cards', 'facts', 'facts_line', 'sheet', 'check_body', 'Guard', 'polite',
-           'stage_value', 'make_demo', 'Starter', 'serve', 'theme', 'main']
+           'query_range', 'query_pictures', 'query_cards', 'facts', 'facts_line', 'sheet', 'check_body', 'Guard',
+           'polite', 'stage_value', 'make_demo', 'Starter', 'serve', 'theme', 'main']
 
 # %% ../nbs/17_demo.ipynb #055e62d3
 import atexit, base64, html, io, json, math, os, re, shutil, subprocess, sys, threading, traceback
@@ -291,20 +291,28 @@ def colour_cards(view):
              'Patches of like colour mean like things to the teacher. The colours themselves have no meaning.'),
         card('Predicted features', pred, 'What the model predicts for the hidden patches without seeing them, in the same colours. Patches that it saw are faded.'))
 
-# %% ../nbs/17_demo.ipynb #12075ef9
+# %% ../nbs/17_demo.ipynb #a538d5ca
+def query_range(view, patch, centred=True):
+    "Lowest value, highest value and colour map that suit both maps of a patch: few values use the whole scale"
+    low = min(float(view.query(patch, by, centred).min()) for by in ('teacher', 'predicted'))
+    return (-1., 1., 'PuOr') if low < 0 else (min(math.floor(low*20)/20, .95), 1., 'cividis')
+
 def query_pictures(view, patch, centred=True):
     "Whose feature is like that of a patch: for the teacher's and for the predicted feature"
-    draw = lambda by: overlay(view.picture, view.query(patch, by, centred), -1, 1, height=HEIGHT, legend=False, mark=patch)
+    low,high,cmap = query_range(view, patch, centred)
+    draw = lambda by: overlay(view.picture, view.query(patch, by, centred), low, high, cmap, height=HEIGHT, legend=False, mark=patch)
     return [draw(by) for by in ('teacher', 'predicted')]
 
 def query_cards(view, patch, centred=True):
     "The answer to a click, with its explanation"
     if not view.has_features: return cards(card('Ask a patch', None, _no_features(view)))
     teacher,pred = query_pictures(view, patch, centred)
+    low,high,cmap = query_range(view, patch, centred)
+    key = legend(cmap, low, high, ('opposite' if low < 0 else 'less alike', 'alike'))
     seen = '' if view.mask[0, patch] else ' This patch is visible: training asks for no prediction here, so do not expect one.'
     return cards(
-        card('As the teacher sees it', teacher, f'Where the picture is like patch {patch} (outlined), by the features of the teacher.', SIMILAR),
-        card('As the model predicts it', pred, f'The same question with the feature that the model predicts for patch {patch}.{seen}', SIMILAR))
+        card('As the teacher sees it', teacher, f'Where the picture is like patch {patch} (outlined), by the features of the teacher.', key),
+        card('As the model predicts it', pred, f'The same question with the feature that the model predicts for patch {patch}.{seen}', key))
 
 # %% ../nbs/17_demo.ipynb #db6600ea
 def facts(
@@ -329,7 +337,7 @@ def facts_line(view, centred=True):
     if 'mean_similarity' in f: items.append(f'mean similarity <b>{f["mean_similarity"]:.2f}</b>')
     return f'<div class="facts" role="status">{"".join(f"<span>{o}</span>" for o in items)}</div>'
 
-# %% ../nbs/17_demo.ipynb #c730b88a
+# %% ../nbs/17_demo.ipynb #70425a67
 def sheet(
     view:View, # What is shown
     patch:int=0, # The patch that is asked
@@ -347,7 +355,8 @@ def sheet(
         teacher,pred = colour_pictures(view)
         items |= {'feature similarity' + ('' if centred else ' (raw)'): scaled(view.similarity(centred), -1, 1, only=hidden),
                   "teacher's features": teacher, 'predicted features': pred}
-        items |= {f'like patch {patch}: {by}': scaled(view.query(patch, by, centred), -1, 1, mark=patch) for by in ('teacher', 'predicted')}
+        span = query_range(view, patch, centred)
+        items |= {f'like patch {patch}: {by}': scaled(view.query(patch, by, centred), *span, mark=patch) for by in ('teacher', 'predicted')}
     n = 5 if len(items) > 5 else len(items)
     names = list(items)
     rows = [contact_sheet([[items[k] for k in names[i:i+n]]], names[i:i+n], 256) for i in range(0, len(names), n)]
@@ -721,7 +730,7 @@ def _pictures():
         with gr.Tab('For programs'): gr.Markdown(PROGRAMS)
     return dict(line=line, stage=stage, pixels=pixels, colours=colours, ask=ask, patch=patch, answer=answer)
 
-# %% ../nbs/17_demo.ipynb #f0ae569e
+# %% ../nbs/17_demo.ipynb #7e5bdd86
 def _picture_to_click(view, patch): return overlay(view.picture, torch.zeros(view.grid), opacity=0., height=HEIGHT, legend=False, mark=patch)
 
 def _wire(demo, studio, ui, out, banner, status):
@@ -775,12 +784,12 @@ def _wire(demo, studio, ui, out, banner, status):
     @polite
     def restore(request: gr.Request):
         res = _from_query(dict(request.query_params), studio)
-        L = math.prod(studio.model(res[0]).grid); side = studio.model(res[0]).grid
-        return *res, (side[0]//2)*side[1] + side[1]//2 if L else 0
+        side = studio.model(res[0]).grid
+        return *res, (side[0]//2)*side[1] + side[1]//2, gr.Gallery(selected_index=list(studio.photos).index(res[1]) if res[1] else None)
 
     def share(event): return event.then(None, state, None, js=_SHARE, api_visibility='private')
 
-    share(demo.load(restore, None, [*state, out['patch']], **quiet).then(show, inputs, outputs, **quiet))
+    share(demo.load(restore, None, [*state, out['patch'], ui['gallery']], **quiet).then(show, inputs, outputs, **quiet))
     share(ui['gallery'].select(take, None, [ui['photo'], ui['upload']], **quiet).then(show, inputs, outputs, **quiet))
     changed = [ui['upload'].input, ui['upload'].clear, *(ui[k].input for k in ('model', 'kind', 'ratio', 'seed', 'raw'))]
     share(gr.on(changed, show, inputs, outputs, trigger_mode='always_last', **quiet))

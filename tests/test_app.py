@@ -339,7 +339,7 @@ def test_the_whole_page(demo, browser, cat, tmp_path):
     for name in 'Features as colours', 'Pixels', 'For programs': page.get_by_role('tab', name=name).click()
     page.locator('#right').get_by_text('gradio_client').first.wait_for()
     bad = tmp_path/'page.png'; bad.write_text('<html>')
-    page.get_by_role('button', name='Clear').click()
+    page.get_by_role('button', name='Remove Image').click()
     page.locator('#upload input[type=file]').set_input_files(bad)
     page.get_by_text('The picture holds a web page').first.wait_for()
     assert not outside and not problems, (outside, problems)
