@@ -337,14 +337,14 @@ def facts_line(view, centred=True):
     if 'mean_similarity' in f: items.append(f'mean similarity <b>{f["mean_similarity"]:.2f}</b>')
     return f'<div class="facts" role="status">{"".join(f"<span>{o}</span>" for o in items)}</div>'
 
-# %% ../nbs/17_demo.ipynb #70425a67
+# %% ../nbs/17_demo.ipynb #d494f8bb
 def sheet(
     view:View, # What is shown
     patch:int=0, # The patch that is asked
     centred:bool=True, # As for the similarity map
 ) -> Image.Image:
     "All pictures on one contact sheet"
-    scaled = lambda values, low, high, **kw: overlay(view.picture, values, low, high, height=HEIGHT, **kw)
+    scaled = lambda values, *span, **kw: overlay(view.picture, values, *span, height=HEIGHT, **kw)
     items = {'picture': _shown(view.picture), 'masked input': _shown(view.masked())}
     hidden = view.mask.reshape(view.grid)
     if view.has_pixels:

@@ -19,7 +19,7 @@ SHOTS = dict( # name: width, height, address, tab, photograph
 
 
 def shoot(browser, url, name):
-    "One picture, smaller where it would be too large for the repository."
+    "One picture, in few colours where it would be too large for the repository."
     width, height, address, tab = SHOTS[name]
     phone = width < 600
     page = browser.new_page(viewport=dict(width=width, height=height), is_mobile=phone, has_touch=phone, device_scale_factor=1.5 if phone else 1)
@@ -30,13 +30,15 @@ def shoot(browser, url, name):
     im = Image.open(io.BytesIO(page.screenshot())).convert('RGB')
     page.close()
     file = root/'nbs'/'images'/f'{name}.png'
-    scale = 1.
-    while True:
-        shot = im if scale == 1 else im.resize((round(im.width*scale), round(im.height*scale)), Image.Resampling.LANCZOS)
-        shot.save(file, optimize=True)
-        if file.stat().st_size <= LIMIT: break
-        scale *= .95
-    print(f'{file.relative_to(root)}: {shot.width} x {shot.height}, {file.stat().st_size//1000} kB')
+    im.save(file, optimize=True)
+    if file.stat().st_size > LIMIT: few_colours(im).save(file, optimize=True)
+    print(f'{file.relative_to(root)}: {im.width} x {im.height}, {file.stat().st_size//1000} kB')
+    if file.stat().st_size > LIMIT: sys.exit(f'{file.name} is larger than {LIMIT//1000} kB: make the window smaller')
+
+
+def few_colours(im):
+    "256 colours, chosen so that rare ones, such as those of the legends, are kept"
+    return im.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def main():
