@@ -908,7 +908,7 @@ class Starter:
         print(f'training the small model: epoch {int(m[1]) + 1} of {self.epochs}', flush=True)
         self.text = self._untrained + f': {int(m[1]) + 1} of {self.epochs} passes are done.'
 
-# %% ../nbs/17_demo.ipynb #507b4b42
+# %% ../nbs/17_demo.ipynb #d15d0ca0
 def serve(
     demo:gr.Blocks, # Of `make_demo`
     host:str='127.0.0.1', # Address to listen on
@@ -919,11 +919,10 @@ def serve(
     "Serve the demo, with all limits set"
     Image.MAX_IMAGE_PIXELS = MAX_HEADER
     limit = round(upload_mb*2**20)
-    from starlette.middleware import Middleware
     demo.queue(max_size=8, default_concurrency_limit=1)
     return demo.launch(server_name=host, server_port=port, max_file_size=limit, max_threads=8, state_session_capacity=100, show_error=False, share=False, ssr_mode=False,
                        mcp_server=False, pwa=False, enable_monitoring=False, quiet=True, inbrowser=False, prevent_thread_lock=not block, footer_links=['api', 'settings'],
-                       css=CSS, theme=theme(), app_kwargs=dict(middleware=[Middleware(Guard, max_upload=limit)], docs_url=None, redoc_url=None))
+                       css=CSS, theme=theme(), app_kwargs=dict(middleware=[(Guard, (), dict(max_upload=limit))], docs_url=None, redoc_url=None))
 
 def theme():
     "Gradio's soft theme, with fonts that every machine has"

@@ -13,9 +13,9 @@ from browser import chromium, find_chromium, running_demo # noqa: E402
 
 LIMIT = 400_000
 SHOTS = dict( # name: width, height, address, tab, photograph
-    app_desktop=(1280, 1040, '?photo=coffee&mask=block&ratio=0.60&seed=3', 'Pixels'),
+    app_desktop=(1280, 1130, '?photo=coffee&mask=block&ratio=0.60&seed=3', 'Pixels'),
     app_phone=(390, 844, '?photo=chelsea&mask=block&ratio=0.50&seed=1', None),
-    app_dark=(1280, 1040, '?__theme=dark&photo=chelsea&mask=random&ratio=0.60&seed=2', 'Ask a patch'))
+    app_dark=(1280, 1130, '?__theme=dark&photo=chelsea&mask=random&ratio=0.60&seed=2', 'Ask a patch'))
 
 
 def shoot(browser, url, name):
