@@ -933,7 +933,7 @@ def theme():
     return soft.set(**plain, **{f'{k}_dark': v for k,v in plain.items()},
                     block_title_padding='0', block_title_text_weight='500', block_label_text_weight='500', body_text_color_subdued='*neutral_500')
 
-# %% ../nbs/17_demo.ipynb #4fee4b3c
+# %% ../nbs/17_demo.ipynb #e5e95785
 def main(
     checkpoint=None, # A checkpoint, or a folder that holds some; `None` = the newest runs, or the model that comes with the package
     host:str=None, # Address to listen on; `None` = settings.ini's
@@ -946,14 +946,16 @@ def main(
         starter = Starter(s.data_dir/'demo'); models = starter.models
         if starter.needed: print('No checkpoint was found: starting with an untrained model, and training a small one beside it.', flush=True); starter.start()
     demo = make_demo(models, starter.status if starter else None)
-    try: _warm(demo.studio)
-    except CheckpointError as e: print(f'{next(iter(models))}: {e}', file=sys.stderr)
+    threading.Thread(target=_warm, args=(demo.studio,), daemon=True).start()
     host,port = host or s.demo_host, port or s.demo_port
     print(f'{len(models)} model{"s" * (len(models) > 1)}: {", ".join(models)}', flush=True)
     print(f'open http://{"127.0.0.1" if host == "0.0.0.0" else host}:{port}', flush=True)
     serve(demo, host, port, s.demo_upload_mb)
 
 def _warm(studio):
-    "Compute the first pictures before anybody waits for them"
-    view = studio.view(next(iter(studio.models)), _first_photo(studio))
-    stage_value(view); pixel_cards(view); colour_cards(view); query_cards(view, 0)
+    "Compute the first pictures while the server starts, so that nobody waits for them"
+    name = next(iter(studio.models))
+    try:
+        view = studio.view(name, _first_photo(studio))
+        stage_value(view); pixel_cards(view); colour_cards(view); query_cards(view, 0)
+    except ValueError as e: print(f'{name}: {e}', file=sys.stderr, flush=True)
