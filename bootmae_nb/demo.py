@@ -579,7 +579,7 @@ CSS = """
 }
 """
 
-# %% ../nbs/17_demo.ipynb #410afb6d
+# %% ../nbs/17_demo.ipynb #83c9a242
 ABOUT = """
 <div id="head"><h1>What a masked autoencoder sees</h1>
 <p>Most of a picture is hidden from the model. It predicts the rest twice: as <b>pixels</b>, and as the <b>features</b> that a teacher, who sees
@@ -587,8 +587,8 @@ everything, has there. Choose a picture, hide what you like, and look at both.</
 """
 
 NOTE = """
-<p class="small">Download saves all pictures on one sheet. The address of this page holds the settings, so it can be shared. An uploaded picture is not part of it,
-and leaves the server after ten minutes.</p>
+<p class="small">Download saves all pictures on one sheet. The address of this page holds the settings, so it can be shared. An uploaded picture is not part of it;
+its file is deleted after ten minutes.</p>
 """
 
 PROGRAMS = """
@@ -853,7 +853,7 @@ def _endpoints(studio):
     for f,ins,outs in (reconstruct, common, pics[:4]), (similarity, [*common, raw], pics[4:5]), (query, [*common, patch, raw], pics[5:]):
         go.click(f, ins, [*outs, numbers], api_name=f.__name__, api_description=f.__doc__, **shared)
 
-# %% ../nbs/17_demo.ipynb #1561f376
+# %% ../nbs/17_demo.ipynb #01a2d6be
 _SMALL = dict(arch='vit_tiny_patch16_224', img_size=96, patch_size=8, width=128, depth=4, heads=4, pixel_width=128)
 _TRAINING = dict(source='photos', arch='vit_tiny_patch16_224', method='bootmae', img_size='96', patch_size=8, set=['width=128', 'depth=4', 'heads=4', 'pixel_width=128'],
                  crops=64, min_scale=.7, valid_pct=.1, bs=8, lr=2e-3, clip=1., precision='fp32', device='cpu', seed=42, overwrite=True)
@@ -896,6 +896,7 @@ class Starter:
                 for line in p.stdout: self._progress(line)
             if p.returncode: raise OSError(f'training ended with status {p.returncode}')
             for o in ('model.json', 'model.safetensors'): os.replace(self.folder/'new'/o, self.folder/o)
+            shutil.rmtree(self.folder/'new')
             self.models[self.name] = load_model(self.folder); self.text = ''
             print('The small model is trained and in use.', flush=True)
         except (OSError, ValueError) as e:
