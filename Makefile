@@ -13,7 +13,7 @@ DEMO_IMAGES ?= photos
 # Without byte code every start compiles fastai anew, for some 15 seconds
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow lab app readme clean
+.PHONY: help demo test test-slow lab app screenshots readme clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +21,8 @@ help:
 	@echo 'make test       lint, notebooks, tests, and: package and README equal the notebooks'
 	@echo 'make test-slow  the tests that train for longer'
 	@echo 'make lab        open the notebooks in JupyterLab'
-	@echo 'make app        serve the demo in a browser'
+	@echo 'make app        serve the demo in a browser, with the newest run'
+	@echo 'make screenshots  pictures of the demo, in nbs/images'
 	@echo 'make readme     README.md from nbs/index.ipynb'
 	@echo 'make clean      remove caches and built files; keeps .venv, data and runs'
 
@@ -56,13 +57,12 @@ test-slow: .venv/.ok
 lab: .venv/.ok
 	$(BIN)/jupyter lab nbs
 
-ifneq ($(wildcard app/app.py),)
 app: .venv/.ok
-	$(BIN)/python app/app.py
-else
-app:
-	@echo 'The app is not there yet: app/README.md says what it will show. Until then: make demo'; exit 1
-endif
+	$(BIN)/python app/app.py $(APP_FLAGS)
+
+# Of the newest run, or of the model named: make screenshots APP_FLAGS='--checkpoint runs/demo'
+screenshots: .venv/.ok
+	$(BIN)/python tools/screenshots.py $(APP_FLAGS)
 
 readme: .venv/.ok
 	$(BIN)/python tools/readme.py
