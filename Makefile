@@ -44,8 +44,14 @@ demo: .venv/.ok
 	@echo 'A dozen photographs teach a model these photographs; the ones it never trained on show how little that is of the world.'
 	@echo 'Next: your own images (bootmae-train FOLDER), or make lab and the notebook index.ipynb'
 
+# The tests of the demo and of the explorer use a Chromium: one that is there, else Debian's package where packages may be installed, else Playwright's own;
+# without any they are skipped, saying so
+.venv/.browser: .venv/.ok
+	@$(BIN)/python tools/browser.py
+	@touch $@
+
 # tests/test_project.py compares the package and README.md with the notebooks
-test: .venv/.ok
+test: .venv/.ok .venv/.browser
 	$(BIN)/ruff check bootmae_nb tests tools app
 	$(BIN)/nbdev-test --n-workers 1
 	$(BIN)/pytest
