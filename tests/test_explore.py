@@ -1,6 +1,7 @@
 """The explorer without a browser: controls drive the state, pictures equal those of `viz`, nothing is computed twice. And once in a real JupyterLab."""
 import io
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -357,6 +358,7 @@ def test_a_learner_that_is_watched_can_be_exported(training, tmp_path):
     from fastai.learner import load_learner
     learn = training(path=tmp_path); ex.watch(learn); ex.watch(learn)
     assert [o.name for o in learn.cbs].count('watch') == 1
+    assert pickle.loads(pickle.dumps(type(learn.watch))) is ex.Watch
     training.fit(learn, 1); learn.export(tmp_path/'learn.pkl')
     assert len(load_learner(tmp_path/'learn.pkl').watch.record.means['pixels (training)']) == 1
 
