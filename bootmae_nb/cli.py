@@ -281,7 +281,7 @@ def bootmae_convert(
         path = _write_authors(to_authors(model), out, write_whole)
     print(f'{path}: {to_layout}')
 
-# %% ../nbs/30_cli.ipynb #4b0f214e
+# %% ../nbs/30_cli.ipynb #d0f31cdd
 def _any_model(source, layout, num_heads, ema, raw_pixels, img_size):
     "The model in a file or folder, of whatever form"
     from bootmae_nb import hub
@@ -290,7 +290,7 @@ def _any_model(source, layout, num_heads, ema, raw_pixels, img_size):
     if not path.exists() and source in hub.released: path,layout = hub.fetch(source), layout or hub.released[source].method
     if path.is_dir() and layout != 'timm' or layout == 'bootmae_nb': return load_model(path)
     if not path.exists() and path.suffix in ('.pth', '.pt', '.safetensors'): raise CheckpointError(f"{path} is not there: give the file of a model, or a name of timm's")
-    if not path.is_file(): return from_timm(f'local-dir:{path}' if path.is_dir() else str(source))
+    if not path.is_file(): return from_timm(f'local-dir:{path}' if path.is_dir() else str(source), targets=())
     if layout is None:
         names = read_weights(path)['model']
         if any(k.startswith('encoder.vit.') for k in names): return load_model(path)

@@ -200,6 +200,9 @@ def test_an_encoder_alone_takes_the_names_that_are_asked_for(tmp_path):
         assert done.returncode == 0, done.stderr
         names = torch.load(tmp_path/f'{to}.pth', weights_only=True)['model']
         assert ('blocks.0.attn.q_bias' in names) == (to == 'bootmae')
+    assert run('bootmae-convert', tmp_path/'m.safetensors', tmp_path/'vit', '--to', 'timm').returncode == 0
+    done = run('bootmae-convert', tmp_path/'vit', tmp_path/'back', '--from', 'timm')
+    assert done.returncode == 0 and not load_model(tmp_path/'back.safetensors').decoders, 'no decoders out of nothing'
     done = run('bootmae-convert', tmp_path/'nowhere.safetensors', tmp_path/'x', '--to', 'timm')
     assert done.returncode == 2 and 'nowhere.safetensors is not there' in done.stderr
 
