@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/31_all.ipynb #8f1d167a
+# %% ../nbs/31_all.ipynb #5f0bd467
 from .settings import *
 from .patches import *
 from .images import *
@@ -22,6 +22,7 @@ from .callbacks import *
 from .learner import *
 from .recipes import *
 from .evaluate import *
+from .explore import *
 
 # %% ../nbs/31_all.ipynb #0b21c480
 __all__ = [k for k in globals() if not k.startswith('_')]

@@ -1,7 +1,5 @@
 """JupyterLab in a headless Chromium, for tests: nothing of the user's Jupyter configuration is read or written, and every request and console message is kept."""
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +11,9 @@ from urllib.parse import urlsplit
 import nbformat
 import pytest
 
+import browser
+from browser import free_port
+
 try: from playwright.sync_api import sync_playwright
 except ImportError: sync_playwright = None
 
@@ -23,17 +24,9 @@ LOCAL = ('127.0.0.1', 'localhost')
 def find_chromium():
     "A Chromium on this machine, or a skip that says what is missing."
     if sync_playwright is None: pytest.skip('BROWSER TEST LEFT OUT: playwright is not installed; pip install playwright')
-    found = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'))), None)
-    if found: return found
-    with sync_playwright() as p: own = p.chromium.executable_path
-    if not Path(own).exists(): pytest.skip('BROWSER TEST LEFT OUT: there is no Chromium here; on Debian: apt install chromium, elsewhere: playwright install chromium')
-    return own
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+    found = browser.find_chromium()
+    if not found: pytest.skip('BROWSER TEST LEFT OUT: there is no Chromium here; on Debian: apt install chromium, elsewhere: playwright install chromium')
+    return found
 
 
 @contextmanager

@@ -20,7 +20,8 @@ def main():
     for command in attempts():
         if find_chromium(): break
         print(f'no Chromium here for the browser tests, trying: {command}', flush=True)
-        try: subprocess.run(command, shell=True, timeout=300, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ, DEBIAN_FRONTEND='noninteractive'))
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ, DEBIAN_FRONTEND='noninteractive'))
+        try: subprocess.run(command, shell=True, timeout=300, **quiet)
         except subprocess.TimeoutExpired: pass
     found = find_chromium()
     print(f'browser tests use {found}' if found else 'no Chromium to be had: the browser tests will be skipped. Set CHROMIUM to the path of one', flush=True)
