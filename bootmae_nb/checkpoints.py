@@ -364,7 +364,7 @@ def from_authors(
     model.report = _report(parts, state, method, what, model, seen is not None and teacher is None)
     return model.eval()
 
-# %% ../nbs/09_checkpoints.ipynb #16d6e739
+# %% ../nbs/09_checkpoints.ipynb #916a94b1
 def _rows_of(ours, method, size, inject, norm_pixels):
     "Columns of the method for the tensors of a model, and its classifier if it has one; sizes lose what a classifier replaces"
     kinds = [k for k in ('pixels', 'features') if any(o.startswith(f'decoders.{k}.') and not o.endswith('pos_embed') for o in ours)]
@@ -372,6 +372,8 @@ def _rows_of(ours, method, size, inject, norm_pixels):
     heads = (lambda w: size['heads']) if method == 'bootmae' else (lambda w: 16 if w == 512 else size['heads'])
     for kind in kinds:
         if f'decoders.{kind}.embed.weight' in ours: rows |= _decoder_size(ours, kind, heads)
+    if inject is not None and not (isinstance(inject, list|tuple) and len(inject) == 2):
+        raise ValueError(f"inject={inject!r} must name two encoder blocks, for the regressor and the predictor: e.g. (0, 11)")
     if method == 'bootmae' and kinds: rows |= dict(zip(('pixel_inject', 'feature_inject'), inject or (0, size['depth'] - 1)))
     head = ours.get('encoder.vit.head.weight')
     if head is not None or 'encoder.vit.fc_norm.weight' in ours:
@@ -468,14 +470,15 @@ def load_weights(
     model.report = LoadReport(what, layout, [k for k in state if k not in ignored], ignored + parts['rest'], missing)
     return model.report
 
-# %% ../nbs/09_checkpoints.ipynb #18fbbb1d
+# %% ../nbs/09_checkpoints.ipynb #739829c2
 def _part_of(key): return key.removeprefix('encoder.vit.').split('.')[0]
 
 def _new_teacher(model, given, new):
-    "Tensors for the teacher: an external one stays; else those given if they fit; else a momentum teacher starts as a copy of the encoder"
+    "Tensors for the teacher: an external one stays; else those given if they fit; else it starts as a copy of the encoder, unless it has other blocks"
     if model.teacher is None or model.method.teacher == 'external': return {}
     if given and not misfit(model.teacher.state_dict(), given): return {f'teacher.{k}': v for k,v in given.items()}
-    return {f"teacher.{k.removeprefix('encoder.')}": v for k,v in new.items() if k.startswith('encoder.')} if model.method.teacher == 'momentum' else {}
+    copied = _encoder_part(new)
+    return {} if misfit(model.teacher.state_dict(), copied) else {f'teacher.{k}': v for k,v in copied.items()}
 
 def _resampled(ours, own, model, grid=None):
     "Positions for the model's grid, and no decoder positions of another one; a file that does not tell its grid has a square one"

@@ -31,7 +31,7 @@ def plain_errors(f):
         except KeyboardInterrupt as e: raise SystemExit(130) from e
     return _f
 
-# %% ../nbs/30_cli.ipynb #23a19ab6
+# %% ../nbs/30_cli.ipynb #71982589
 def _ema(text):
     "'0.99', '0.99,0.999', 'run' or 'paper' as `mim_learner` wants it"
     if text in ('run', 'paper'): return None if text == 'paper' else text
@@ -54,6 +54,7 @@ def _assignments(texts):
     for t in texts or ():
         k,eq,v = t.partition('=')
         if not eq: raise ValueError(f"--set {t!r} is not understood: give key=value, e.g. depth=6")
+        if k in ('method', 'arch'): raise ValueError(f"--set {t} would leave the rest as the other {k} has it: use --{k} {v}")
         try: res[k] = literal_eval(v)
         except (ValueError, SyntaxError): res[k] = v
     return res

@@ -76,7 +76,7 @@ _choices = dict(teacher=('momentum', 'frozen', 'external', None), loss=('mse', '
 # %% ../nbs/06_models.ipynb #0b38d1fa
 def _tuple(x): return tuple(x) if isinstance(x, list|tuple) else (x,)
 
-# %% ../nbs/06_models.ipynb #881fc0a8
+# %% ../nbs/06_models.ipynb #db4c5e22
 def get_method(
     name:str|Method='bootmae', # 'bootmae', 'mae', 'dbot', or a row of one's own
     **ablations # Columns to replace, e.g. `pixel_inject=None`
@@ -101,6 +101,8 @@ def get_method(
     if 'features' in row.targets and not row.teacher: raise ValueError("features need a teacher: set teacher='momentum' or 'frozen', or targets=('pixels',)")
     if not row.feature_blocks or len(set(row.feature_blocks)) < len(row.feature_blocks):
         raise ValueError(f"feature_blocks={row.feature_blocks} names no block, or one twice: give e.g. (-1,) or (2, 5, 8, 11)")
+    if not all(isinstance(i, int) for i in row.feature_blocks): raise ValueError(f"feature_blocks={row.feature_blocks} are no numbers of blocks: give e.g. (-1,)")
+    if not 0 <= row.drop_path < 1: raise ValueError(f"drop_path={row.drop_path} is outside [0, 1): give the highest share of skipped blocks, e.g. 0.2")
     if row.teacher_depth is not None and row.teacher != 'frozen':
         raise ValueError(f"teacher_depth={row.teacher_depth} is for a frozen teacher with random weights, but teacher={row.teacher!r}: set teacher='frozen'")
     return row if 'features' in row.targets else replace(row, teacher=None, teacher_depth=None)
@@ -233,7 +235,7 @@ def _copied_teacher(enc, row):
     teacher.vit.blocks = teacher.vit.blocks[:row.teacher_depth]
     return teacher
 
-# %% ../nbs/06_models.ipynb #1c6fa9c0
+# %% ../nbs/06_models.ipynb #b9f12dc2
 def _external_teacher(source, mean=None, std=None):
     "A teacher from a model or from its description, and its description"
     if isinstance(source, dict):
@@ -252,7 +254,8 @@ def _check_teacher(teacher, enc, row):
         raise ValueError(f"the teacher sees a grid of {teacher.grid[0]} x {teacher.grid[1]} patches, the model {enc.grid[0]} x {enc.grid[1]}: "
                          f"make the teacher with img_size={size}")
     if teacher.in_chans != enc.in_chans: raise ValueError(f"the teacher takes images of {teacher.in_chans} channels, the model of {enc.in_chans}: make both equal")
-    for i in row.feature_blocks: teacher.block_index(i)
+    blocks = [teacher.block_index(i) for i in row.feature_blocks]
+    if len(set(blocks)) < len(blocks): raise ValueError(f"feature_blocks={row.feature_blocks} names one of the teacher's {teacher.depth} blocks twice")
     if row.with_cls and not teacher.has_cls: raise ValueError("the teacher has no class token to predict: set with_cls=False")
 
 # %% ../nbs/06_models.ipynb #c267c4a5

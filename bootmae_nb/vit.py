@@ -32,7 +32,7 @@ def sincos_positions(
     parts = [wave(rows), wave(cols)]
     return torch.cat(parts if first == 'row' else parts[::-1], 1).float()
 
-# %% ../nbs/05_vit.ipynb #43e3d444
+# %% ../nbs/05_vit.ipynb #edb0357f
 class Encoder(nn.Module):
     "A timm `VisionTransformer` that can be run on some of the patches of an image"
     def __init__(self,
@@ -51,6 +51,7 @@ class Encoder(nn.Module):
 
     def block_index(self, i):
         "Block `i`, counted from the end if negative, as an index from 0; -1 of no blocks is the embedding"
+        if not self.depth and i != -1: raise ValueError(f"block {i} does not exist: the encoder has no blocks, only its embedding, -1")
         if not -max(self.depth, 1) <= i < self.depth:
             raise ValueError(f"block {i} does not exist: the encoder has {self.depth} blocks, 0 to {self.depth-1}, or negative from the end")
         return i % self.depth if self.depth else -1
