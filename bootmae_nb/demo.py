@@ -8,7 +8,7 @@ __all__ = ['HAND', 'KINDS', 'RATIOS', 'MAX_SEED', 'MAX_DECODED', 'MAX_HEADER', '
            'query_range', 'query_pictures', 'query_cards', 'facts', 'facts_line', 'sheet', 'check_body', 'Guard',
            'polite', 'stage_value', 'make_demo', 'Starter', 'serve', 'theme', 'main']
 
-# %% ../nbs/17_demo.ipynb #055e62d3
+# %% ../nbs/17_demo.ipynb #644cb1f2
 import atexit, base64, html, io, json, math, os, re, shutil, subprocess, sys, threading, traceback
 from collections import OrderedDict
 from functools import wraps
@@ -29,7 +29,7 @@ from .images import ImageError, image_size, open_image, sample_photo, sample_pho
 from .masking import FixedMask, make_mask
 from .models import MaskedAutoencoder, mim_model
 from .settings import load_settings
-from .viz import View, contact_sheet, mask_for, overlay, pca_basis, pca_rgb, to_pil
+from .viz import View, contact_sheet, fit_image, mask_for, overlay, pca_basis, pca_rgb, to_pil
 
 # %% ../nbs/17_demo.ipynb #f43e4407
 def _is_ours(path):
@@ -109,14 +109,7 @@ def hand_mask(
     if len(set(text)) < 2: raise RequestError('hide at least one patch, and show at least one')
     return FixedMask(np.array([o == '1' for o in text]).reshape(h, w))
 
-# %% ../nbs/17_demo.ipynb #7032b79f
-def _cover(im, size):
-    "The middle of a picture at the model's size; the box never leaves the picture by a rounding error"
-    h,w = size; scale = max(h/im.height, w/im.width)
-    left,top = max(0., (im.width - w/scale)/2), max(0., (im.height - h/scale)/2)
-    box = left, top, min(im.width, left + w/scale), min(im.height, top + h/scale)
-    return im.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=3.)
-
+# %% ../nbs/17_demo.ipynb #99cb9fec
 def open_upload(
     path, # An uploaded file
     model:MaskedAutoencoder, # Says channels and size
@@ -126,7 +119,7 @@ def open_upload(
     try:
         w,h = image_size(path, MAX_HEADER, side, name='the picture')
         if w*h > MAX_DECODED: raise ImageError(f'the picture has {w:,} x {h:,} pixels, more than {MAX_DECODED:,}: make it smaller')
-        return _cover(open_image(path, model.in_chans, MAX_HEADER, side, name='the picture'), model.img_size)
+        return fit_image(open_image(path, model.in_chans, MAX_HEADER, side, name='the picture'), model.img_size)
     except ImageError as e: raise RequestError(str(e).replace(', or raise max_pixels', '')) from None
 
 # %% ../nbs/17_demo.ipynb #bbc90fff

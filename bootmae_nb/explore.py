@@ -293,12 +293,7 @@ def query_picture(
 
 def _middle(grid): return grid[0]//2*grid[1] + grid[1]//2
 
-# %% ../nbs/19_explore.ipynb #66d26972
-def _encoded(view):
-    "The encoder's normalised output on the whole image `(L, D)`"
-    enc = view.model.encoder
-    return view._once(view._image, 'encoded', lambda: enc.norm(enc(view.x)[-1])[0, enc.n_prefix:])
-
+# %% ../nbs/19_explore.ipynb #ebd4500e
 def pca_picture(
     view:View, # Any model
     height:int=224, # Of each picture, in pixels
@@ -307,8 +302,8 @@ def pca_picture(
     size = round(view.picture.width*height/view.picture.height), height
     def colours(x, basis): return pca_rgb(x[None], view.grid, basis)[0]
     def show(rgb): return to_pil(rgb).resize(size, Image.Resampling.NEAREST)
-    own = pca_basis(_encoded(view)[None])
-    cols = {'image': view.picture, 'encoder, whole image': show(colours(_encoded(view), own))}
+    own = pca_basis(view.encoded()[None])
+    cols = {'image': view.picture, 'encoder, whole image': show(colours(view.encoded(), own))}
     shares = f'Three colours hold {own.share.sum().item():.0%} of the variance of the encoder'
     if view.has_features:
         basis = pca_basis(view.target()[None])
