@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['tab_texts', 'PatchCanvas', 'ImageUpload', 'named_models', 'named_images', 'reconstruction_picture', 'error_picture',
-           'similarity_picture', 'query_picture', 'pca_picture', 'compare_picture', 'to_png', 'Explorer', 'explore',
-           'Pane', 'Record', 'record_figure', 'watch']
+           'similarity_picture', 'query_picture', 'pca_picture', 'compare_picture', 'attention_picture',
+           'nearest_picture', 'ratio_picture', 'to_png', 'Explorer', 'explore', 'Pane', 'Record', 'record_figure',
+           'watch']
 
-# %% ../nbs/19_explore.ipynb #79899cf1
+# %% ../nbs/19_explore.ipynb #dd576696
 import html, time, warnings
 from functools import cache, partial
 from io import BytesIO
@@ -27,7 +28,7 @@ from .images import image_files, open_image, sample_photos
 from .masking import FixedMask, make_mask, mask_kinds
 from .models import MaskedAutoencoder, evaluating, plain
 from .targets import variance_over_images
-from .viz import View, contact_sheet, feature_sheet, mask_for, model_input, overlay, pca_basis, pca_rgb, plot_losses, reconstruction_sheet, to_pil
+from .viz import View, attention_sheet, contact_sheet, feature_sheet, mask_for, model_input, nearest_sheet, overlay, pca_basis, pca_rgb, plot_losses, ratio_strip, reconstruction_sheet, to_pil
 
 # %% ../nbs/19_explore.ipynb #e7220335
 _esm = r"""
@@ -347,7 +348,39 @@ def _numbers(view):
     return ', '.join(([f'error {_over_hidden(view.error(), view):.3f}'] if view.has_pixels else []) +
                      ([f'similarity {_over_hidden(view.similarity(), view):.2f}'] if view.has_features else []))
 
-# %% ../nbs/19_explore.ipynb #cca34432
+# %% ../nbs/19_explore.ipynb #94e59381
+def attention_picture(
+    view:View, # Any model
+    patch:int=-1, # The patch that looks, in raster order; below 0 the class token, if there is one
+    block:int=-1, # Block of the encoder
+    height:int=224, # Of each picture, in pixels
+) -> tuple: # A PIL image, a line of numbers
+    "Where a token looks in the whole image: the mean of the heads of a block, and each of them"
+    query = patch if patch >= 0 else 'cls' if view.model.encoder.has_cls else _middle(view.grid)
+    mean = view.attention(block, None, query)
+    y,x = divmod(int(mean.argmax()), view.grid[1])
+    return attention_sheet(view, block, query, height=height), f'On average the heads look most at row {y + 1}, column {x + 1}, with {mean.max().item():.1%} of their attention.'
+
+def nearest_picture(
+    views:dict, # Name -> view of one and the same model
+    name:str, # The image that is asked about
+    patch:int, # The patch, in raster order
+    height:int=112, # Of each picture, in pixels
+) -> tuple: # A PIL image, a line of numbers
+    "The patches of several images that are most like one"
+    names = list(views)
+    picture = nearest_sheet(views[name].model, list(views.values()), names.index(name), patch if patch >= 0 else _middle(views[name].grid), height=height)
+    return picture, 'Images: ' + ', '.join(f'{i} {n}' for i,n in enumerate(names)) + '. The numbers are cosines.'
+
+def ratio_picture(
+    view:View, # A model that predicts pixels
+    seed:int=0, # Seed of the order in which patches disappear
+    height:int=224, # Of each picture, in pixels
+) -> tuple: # A PIL image, a line of numbers
+    "The reconstruction by the share that is hidden"
+    return ratio_strip(view.model, view.picture, seed=seed, height=height), 'The error is that of the hidden patches, on the scale of the pixels.'
+
+# %% ../nbs/19_explore.ipynb #111167b6
 tab_texts = {
     'Reconstruction': 'From the visible patches alone the model fills in the grey ones. It predicts no brightness and no contrast of a patch: these come from the image.',
     'Error and weight': 'How far each hidden patch is from the image, and how much it counts in the loss: BootMAE weighs the middle of a hole more than its rim.',
@@ -355,6 +388,9 @@ tab_texts = {
                   'Raw values are high everywhere, because features carry their place.',
     'Patch query': 'Click a patch in the image: purple is like it, orange unlike it, by the feature that the teacher has of it and by the one the model predicts.',
     'Colours': 'Patches with the same colour have alike features: the three main directions of variation as red, green and blue.',
+    'Attention': 'Where the tokens of one block look, in the whole image: the class token, or the patch that was asked for last. Each head has its own picture.',
+    'Nearest patches': 'Which patches of all images chosen here are most like the one asked for, by the features of the teacher, or of the encoder where there is none.',
+    'Mask ratio': 'The same image with more and more of it hidden: what is hidden at a small share stays hidden at a larger one.',
     'Compare': 'All models on the very same mask: what they fill in, how wrong it is, and how well they know the features.'}
 
 # %% ../nbs/19_explore.ipynb #20b4000b
@@ -406,7 +442,7 @@ def explore(
     "Look into models in JupyterLab: choose images and masks, hide patches with the mouse, see what the models make of it"
     return Explorer(models, images, **kw)
 
-# %% ../nbs/19_explore.ipynb #3776179a
+# %% ../nbs/19_explore.ipynb #8f22ef64
 @patch
 def _make_controls(self:Explorer, seed):
     self.canvas = PatchCanvas(label='Image with patches')
@@ -423,11 +459,13 @@ def _make_controls(self:Explorer, seed):
     self.mode = W.ToggleButtons(options=[('Hide or show', 'mask'), ('Ask', 'query')], style=dict(button_width='auto'),
                                 tooltips=['Click or drag over patches to hide or show them', 'Click a patch to see what is like it'])
     self.centred = W.Checkbox(value=True, indent=False, description='take off the mean feature of each place', layout=W.Layout(width='auto'))
+    deepest = max(o.encoder.depth for o in self.models.values())
+    self.block = W.IntSlider(deepest, 1, deepest, description='block', continuous_update=False)
     self.about,self.message = W.HTML(), W.HTML()
 
 _areas = (.08, .31)        # about BootMAE's 16 and 60 of 196 patches; left as they are, its own numbers hold
 
-# %% ../nbs/19_explore.ipynb #f65518d6
+# %% ../nbs/19_explore.ipynb #88281b62
 class Pane:
     "A tab: what one is looking at, a picture, a line of numbers"
     def __init__(self, text):
@@ -447,7 +485,8 @@ def _check_tab(self:Explorer, tab):
 def _make_tabs(self:Explorer, tab):
     self.panes = {k: Pane(v) for k,v in tab_texts.items() if k != 'Compare' or len(self.models) > 1}
     self._check_tab(tab)
-    boxes = [W.VBox([p.text, *([self.centred] if k == 'Patch query' else []), p.image, p.numbers]) for k,p in self.panes.items()]
+    extra = {'Patch query': [self.centred], 'Attention': [self.block]}
+    boxes = [W.VBox([p.text, *extra.get(k, []), p.image, p.numbers]) for k,p in self.panes.items()]
     self.tabs = W.Tab(boxes, titles=list(self.panes), selected_index=list(self.panes).index(tab))
     self.tabs.add_class('explorer-tabs')
 
@@ -462,7 +501,7 @@ def _lay_out(self:Explorer):
     top = W.HBox([left, right], layout=W.Layout(flex_flow='row wrap', grid_gap='20px'))
     self.widget = W.VBox([top, self.message, self.tabs], layout=W.Layout(width='100%', padding='4px'))
 
-# %% ../nbs/19_explore.ipynb #64f43c22
+# %% ../nbs/19_explore.ipynb #0c56a30a
 @patch
 def _connect(self:Explorer):
     T.link((self.mode, 'value'), (self.canvas, 'mode'))
@@ -470,7 +509,7 @@ def _connect(self:Explorer):
     on(self._scene, self.image, self.model)
     on(self._new_mask, self.kind, self.ratio, self.area, self.cell, self.seed)
     on(self._hand_mask, self.canvas, names='mask'); on(self._asked, self.canvas, names='clicked')
-    on(self._opened, self.tabs, names='selected_index'); on(self._draw, self.centred); on(self._uploaded, self.upload, names='files')
+    on(self._opened, self.tabs, names='selected_index'); on(self._draw, self.centred, self.block); on(self._uploaded, self.upload, names='files')
     self.redraw.on_click(lambda _: self.seed.set_trait('value', (self.seed.value + 1) % 10**6))
     self.clear.on_click(lambda _: self.canvas.set_trait('mask', []))
 
@@ -626,7 +665,7 @@ def _uploaded(self:Explorer):
     for o in errors: self._say(o, bad=True)
     if names: self._scene()
 
-# %% ../nbs/19_explore.ipynb #458df6e1
+# %% ../nbs/19_explore.ipynb #217cbcec
 @patch
 def render(self:Explorer,
     tab:str|None=None, # A key of `tab_texts`; `None` = the visible one
@@ -634,10 +673,24 @@ def render(self:Explorer,
     "The picture of a tab"
     tab = tab or self.tab; self._check_tab(tab)
     if tab == 'Patch query': return query_picture(self.view, self.canvas.clicked, self.centred.value, self.high)
+    if tab == 'Attention': return attention_picture(self.view, self.canvas.clicked, self._block(), round(.5*self.high))
+    if tab == 'Nearest patches': return nearest_picture(self._all_views(), self.image.value, self.canvas.clicked, round(.5*self.high))
+    if tab == 'Mask ratio': return ratio_picture(self.view, self.seed.value, round(.75*self.high))
     if tab == 'Compare': return self._compare()
     return _pictures[tab](self.view, self.high)
 
 _pictures = {'Reconstruction': reconstruction_picture, 'Error and weight': error_picture, 'Similarity': similarity_picture, 'Colours': pca_picture}
+
+@patch
+def _block(self:Explorer): return min(self.block.value, self.models[self.name].encoder.depth) - 1
+
+@patch
+def _all_views(self:Explorer):
+    "A view of each image by the model, under no mask of interest; kept, as the whole images do not change"
+    kept = self._views.setdefault(('all', self.name), {})
+    for k,im in self.images.items():
+        if k not in kept: kept[k] = self.base(self.name) if k == self.image.value else View(self.models[self.name], im)
+    return {k: kept[k] for k in self.images}
 
 @patch
 def _compare(self:Explorer):
@@ -646,12 +699,14 @@ def _compare(self:Explorer):
     if others: numbers += f" This mask is for a grid of {self.canvas.grid[0]} x {self.canvas.grid[1]} patches, so it does not fit {' and '.join(others)}."
     return picture, numbers
 
-# %% ../nbs/19_explore.ipynb #dcd61e6c
+# %% ../nbs/19_explore.ipynb #a2a57f9a
 @patch
 def _key(self:Explorer, tab):
     "What a tab's picture depends on"
     key = self.image.value, tuple(self.canvas.mask), tuple(self.same_grid) if tab == 'Compare' else self.name
-    return key + (self.canvas.clicked, self.centred.value) if tab == 'Patch query' else key
+    more = {'Patch query': (self.canvas.clicked, self.centred.value), 'Attention': (self.canvas.clicked, self.block.value),
+            'Nearest patches': (self.canvas.clicked, len(self.images)), 'Mask ratio': (self.seed.value,)}
+    return key + more.get(tab, ())
 
 @patch
 def _draw(self:Explorer):
