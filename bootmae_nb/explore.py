@@ -348,7 +348,7 @@ def _numbers(view):
     return ', '.join(([f'error {_over_hidden(view.error(), view):.3f}'] if view.has_pixels else []) +
                      ([f'similarity {_over_hidden(view.similarity(), view):.2f}'] if view.has_features else []))
 
-# %% ../nbs/19_explore.ipynb #94e59381
+# %% ../nbs/19_explore.ipynb #8e6430a7
 def attention_picture(
     view:View, # Any model
     patch:int=-1, # The patch that looks, in raster order; below 0 the class token, if there is one
@@ -369,7 +369,7 @@ def nearest_picture(
 ) -> tuple: # A PIL image, a line of numbers
     "The patches of several images that are most like one"
     names = list(views)
-    picture = nearest_sheet(views[name].model, list(views.values()), names.index(name), patch if patch >= 0 else _middle(views[name].grid), height=height)
+    picture = nearest_sheet(views[name].model, list(views.values()), names.index(name), patch if patch >= 0 else _middle(views[name].grid), per_image=2, height=height)
     return picture, 'Images: ' + ', '.join(f'{i} {n}' for i,n in enumerate(names)) + '. The numbers are cosines.'
 
 def ratio_picture(
@@ -380,7 +380,7 @@ def ratio_picture(
     "The reconstruction by the share that is hidden"
     return ratio_strip(view.model, view.picture, seed=seed, height=height), 'The error is that of the hidden patches, on the scale of the pixels.'
 
-# %% ../nbs/19_explore.ipynb #111167b6
+# %% ../nbs/19_explore.ipynb #f7e7a0d7
 tab_texts = {
     'Reconstruction': 'From the visible patches alone the model fills in the grey ones. It predicts no brightness and no contrast of a patch: these come from the image.',
     'Error and weight': 'How far each hidden patch is from the image, and how much it counts in the loss: BootMAE weighs the middle of a hole more than its rim.',
@@ -389,7 +389,7 @@ tab_texts = {
     'Patch query': 'Click a patch in the image: purple is like it, orange unlike it, by the feature that the teacher has of it and by the one the model predicts.',
     'Colours': 'Patches with the same colour have alike features: the three main directions of variation as red, green and blue.',
     'Attention': 'Where the tokens of one block look, in the whole image: the class token, or the patch that was asked for last. Each head has its own picture.',
-    'Nearest patches': 'Which patches of all images chosen here are most like the one asked for, by the features of the teacher, or of the encoder where there is none.',
+    'Nearest patches': 'Which patches of all images here, two of each at most, are like the one that was asked for last, by the features of the teacher, or of the encoder where there is none.',
     'Mask ratio': 'The same image with more and more of it hidden: what is hidden at a small share stays hidden at a larger one.',
     'Compare': 'All models on the very same mask: what they fill in, how wrong it is, and how well they know the features.'}
 
@@ -442,7 +442,7 @@ def explore(
     "Look into models in JupyterLab: choose images and masks, hide patches with the mouse, see what the models make of it"
     return Explorer(models, images, **kw)
 
-# %% ../nbs/19_explore.ipynb #8f22ef64
+# %% ../nbs/19_explore.ipynb #3dccd972
 @patch
 def _make_controls(self:Explorer, seed):
     self.canvas = PatchCanvas(label='Image with patches')
@@ -460,7 +460,7 @@ def _make_controls(self:Explorer, seed):
                                 tooltips=['Click or drag over patches to hide or show them', 'Click a patch to see what is like it'])
     self.centred = W.Checkbox(value=True, indent=False, description='take off the mean feature of each place', layout=W.Layout(width='auto'))
     deepest = max(o.encoder.depth for o in self.models.values())
-    self.block = W.IntSlider(deepest, 1, deepest, description='block', continuous_update=False)
+    self.block = W.IntSlider(deepest - 1, 0, deepest - 1, description='Block', continuous_update=False)
     self.about,self.message = W.HTML(), W.HTML()
 
 _areas = (.08, .31)        # about BootMAE's 16 and 60 of 196 patches; left as they are, its own numbers hold
@@ -665,7 +665,7 @@ def _uploaded(self:Explorer):
     for o in errors: self._say(o, bad=True)
     if names: self._scene()
 
-# %% ../nbs/19_explore.ipynb #217cbcec
+# %% ../nbs/19_explore.ipynb #5738e9e4
 @patch
 def render(self:Explorer,
     tab:str|None=None, # A key of `tab_texts`; `None` = the visible one
@@ -682,7 +682,7 @@ def render(self:Explorer,
 _pictures = {'Reconstruction': reconstruction_picture, 'Error and weight': error_picture, 'Similarity': similarity_picture, 'Colours': pca_picture}
 
 @patch
-def _block(self:Explorer): return min(self.block.value, self.models[self.name].encoder.depth) - 1
+def _block(self:Explorer): return min(self.block.value, self.models[self.name].encoder.depth - 1)
 
 @patch
 def _all_views(self:Explorer):

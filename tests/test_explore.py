@@ -450,3 +450,18 @@ def test_in_jupyterlab(tmp_path):
         page.get_by_text('text.png holds text, not an image').wait_for()
         until(lambda: page.get_by_label('Image', exact=True).locator('option:checked').inner_text() == 'mine.png', 'the new image is chosen')
         assert not page.foreign and not page.errors
+
+
+def test_attention_nearest_and_ratio_follow_their_controls(explorer):
+    differ = lambda a, b: a.shape != b.shape or (a != b).any()
+    go(explorer, 'Attention'); first = shown(explorer)
+    explorer.block.value = 0; second = shown(explorer)
+    explorer.canvas.clicked = 5; go(explorer, 'Attention')
+    assert differ(first, second) and differ(second, shown(explorer))
+    go(explorer, 'Nearest patches'); before = shown(explorer)
+    assert '0 coffee, 1 chelsea' in explorer.panes['Nearest patches'].numbers.value
+    explorer.canvas.clicked = 9; go(explorer, 'Nearest patches')
+    assert differ(before, shown(explorer))
+    go(explorer, 'Mask ratio'); before = shown(explorer)
+    explorer.seed.value = 8
+    assert differ(before, shown(explorer))
