@@ -8,7 +8,7 @@ __all__ = ['tab_texts', 'PatchCanvas', 'ImageUpload', 'named_models', 'named_ima
            'nearest_picture', 'ratio_picture', 'to_png', 'Explorer', 'explore', 'Pane', 'Record', 'record_figure',
            'watch']
 
-# %% ../nbs/19_explore.ipynb #dd576696
+# %% ../nbs/19_explore.ipynb #bbdd3237
 import html, time, warnings
 from functools import cache, partial
 from io import BytesIO
@@ -28,7 +28,8 @@ from .images import image_files, open_image, sample_photos
 from .masking import FixedMask, make_mask, mask_kinds
 from .models import MaskedAutoencoder, evaluating, plain
 from .targets import variance_over_images
-from .viz import View, attention_sheet, contact_sheet, feature_sheet, mask_for, model_input, nearest_sheet, overlay, pca_basis, pca_rgb, plot_losses, ratio_strip, reconstruction_sheet, to_pil
+from .viz import (View, attention_sheet, contact_sheet, feature_sheet, mask_for, model_input, nearest_sheet,
+                            overlay, pca_basis, pca_rgb, plot_losses, ratio_strip, reconstruction_sheet, to_pil)
 
 # %% ../nbs/19_explore.ipynb #e7220335
 _esm = r"""
@@ -348,7 +349,7 @@ def _numbers(view):
     return ', '.join(([f'error {_over_hidden(view.error(), view):.3f}'] if view.has_pixels else []) +
                      ([f'similarity {_over_hidden(view.similarity(), view):.2f}'] if view.has_features else []))
 
-# %% ../nbs/19_explore.ipynb #8e6430a7
+# %% ../nbs/19_explore.ipynb #8519b7d8
 def attention_picture(
     view:View, # Any model
     patch:int=-1, # The patch that looks, in raster order; below 0 the class token, if there is one
@@ -359,7 +360,8 @@ def attention_picture(
     query = patch if patch >= 0 else 'cls' if view.model.encoder.has_cls else _middle(view.grid)
     mean = view.attention(block, None, query)
     y,x = divmod(int(mean.argmax()), view.grid[1])
-    return attention_sheet(view, block, query, height=height), f'On average the heads look most at row {y + 1}, column {x + 1}, with {mean.max().item():.1%} of their attention.'
+    said = f'On average the heads look most at row {y + 1}, column {x + 1}, with {mean.max().item():.1%} of their attention.'
+    return attention_sheet(view, block, query, height=height), said
 
 def nearest_picture(
     views:dict, # Name -> view of one and the same model
@@ -369,7 +371,8 @@ def nearest_picture(
 ) -> tuple: # A PIL image, a line of numbers
     "The patches of several images that are most like one"
     names = list(views)
-    picture = nearest_sheet(views[name].model, list(views.values()), names.index(name), patch if patch >= 0 else _middle(views[name].grid), per_image=2, height=height)
+    patch = patch if patch >= 0 else _middle(views[name].grid)
+    picture = nearest_sheet(views[name].model, list(views.values()), names.index(name), patch, per_image=2, height=height)
     return picture, 'Images: ' + ', '.join(f'{i} {n}' for i,n in enumerate(names)) + '. The numbers are cosines.'
 
 def ratio_picture(
@@ -380,7 +383,7 @@ def ratio_picture(
     "The reconstruction by the share that is hidden"
     return ratio_strip(view.model, view.picture, seed=seed, height=height), 'The error is that of the hidden patches, on the scale of the pixels.'
 
-# %% ../nbs/19_explore.ipynb #f7e7a0d7
+# %% ../nbs/19_explore.ipynb #d011df6d
 tab_texts = {
     'Reconstruction': 'From the visible patches alone the model fills in the grey ones. It predicts no brightness and no contrast of a patch: these come from the image.',
     'Error and weight': 'How far each hidden patch is from the image, and how much it counts in the loss: BootMAE weighs the middle of a hole more than its rim.',
@@ -389,7 +392,8 @@ tab_texts = {
     'Patch query': 'Click a patch in the image: purple is like it, orange unlike it, by the feature that the teacher has of it and by the one the model predicts.',
     'Colours': 'Patches with the same colour have alike features: the three main directions of variation as red, green and blue.',
     'Attention': 'Where the tokens of one block look, in the whole image: the class token, or the patch that was asked for last. Each head has its own picture.',
-    'Nearest patches': 'Which patches of all images here, two of each at most, are like the one that was asked for last, by the features of the teacher, or of the encoder where there is none.',
+    'Nearest patches': 'Which patches of all images here, two of each at most, are like the one that was asked for last, by the features of the teacher, '
+                       'or of the encoder where there is none.',
     'Mask ratio': 'The same image with more and more of it hidden: what is hidden at a small share stays hidden at a larger one.',
     'Compare': 'All models on the very same mask: what they fill in, how wrong it is, and how well they know the features.'}
 
