@@ -121,6 +121,7 @@ def test_accumulating_two_batches_of_eight_equals_one_of_sixteen(opt_func):
         return learn.model
     one,two = run(16), run(8, GradientAccumulation(16))
     for (k,a),b in zip(one.state_dict().items(), two.state_dict().values()):
+        if k.startswith('feature_'): continue                     # kept for pictures, from each batch as it comes
         assert (a - b).abs().max() < 1e-5, f'{k}: {(a - b).abs().max():.1e}'
     assert not torch.equal(one.teacher.vit.norm.bias, one.encoder.vit.norm.bias)
 
