@@ -249,11 +249,11 @@ def similarity_card(view, centred=True):
                'Raw cosine: features of one place are alike in all pictures, which makes this look better than it is.'))
     return card('Feature similarity', similarity_picture(view, centred), text, SIMILAR)
 
-# %% ../nbs/17_demo.ipynb #db9cf48d
+# %% ../nbs/17_demo.ipynb #e0dc775a
 def error_picture(view):
     "The error map over the image, and the value of its last colour"
     err = view.error(); top = max(.05, math.ceil(float(err.max())*20)/20)
-    return overlay(view.picture, err, 0, top, only=view.mask.reshape(view.grid), height=HEIGHT, legend=False), top
+    return overlay(view.picture, err, 0, top, 'viridis', only=view.mask.reshape(view.grid), height=HEIGHT, legend=False), top
 
 def pixel_cards(view):
     "The image, the prediction alone, and its error"
@@ -262,7 +262,7 @@ def pixel_cards(view):
     err,top = error_picture(view)
     return cards(photo, card('Prediction', _shown(view.parts()['prediction']), 'The predicted patches.' + _put_back(view)),
                  card('Error', err, 'How far the predicted pixels of each hidden patch are from the true ones, as a root mean square. Pixels run from 0 to 1.',
-                      legend('cividis', 0, top, ('exact', 'far off'))))
+                      legend('viridis', 0, top, ('exact', 'far off'))))
 
 # %% ../nbs/17_demo.ipynb #1925d12f
 def colour_pictures(view):
@@ -284,11 +284,11 @@ def colour_cards(view):
              'Patches of like colour mean like things to the teacher. The colours themselves have no meaning.'),
         card('Predicted features', pred, 'What the model predicts for the hidden patches without seeing them, in the same colours. Patches that it saw are faded.'))
 
-# %% ../nbs/17_demo.ipynb #a538d5ca
+# %% ../nbs/17_demo.ipynb #69401e72
 def query_range(view, patch, centred=True):
     "Lowest value, highest value and colour map that suit both maps of a patch: few values use the whole scale"
     low = min(float(view.query(patch, by, centred).min()) for by in ('teacher', 'predicted'))
-    return (-1., 1., 'PuOr') if low < 0 else (min(math.floor(low*20)/20, .95), 1., 'cividis')
+    return (-1., 1., 'PuOr') if low < 0 else (min(math.floor(low*20)/20, .95), 1., 'viridis')
 
 def query_pictures(view, patch, centred=True):
     "Whose feature is like that of a patch: for the teacher's and for the predicted feature"
@@ -723,8 +723,8 @@ def _pictures():
         with gr.Tab('For programs'): gr.Markdown(PROGRAMS)
     return dict(line=line, stage=stage, pixels=pixels, colours=colours, ask=ask, patch=patch, answer=answer)
 
-# %% ../nbs/17_demo.ipynb #7e5bdd86
-def _picture_to_click(view, patch): return overlay(view.picture, torch.zeros(view.grid), opacity=0., height=HEIGHT, legend=False, mark=patch)
+# %% ../nbs/17_demo.ipynb #ad4d97ab
+def _picture_to_click(view, patch): return overlay(view.picture, torch.zeros(view.grid), opacity=0., height=HEIGHT, legend=False, mark=patch, grey=False)
 
 def _wire(demo, studio, ui, out, banner, status):
     "What happens when something is chosen"

@@ -740,13 +740,14 @@ def _stack(parts, margin=10):
         y += h
     return res
 
-# %% ../nbs/19_explore.ipynb #b79b8a40
+# %% ../nbs/19_explore.ipynb #e71b06c5
 @patch
 def drawing(self:Explorer) -> Image.Image:
     "The image with its hidden patches and the patch asked for, as the canvas shows it"
     base = self.base(self.name); covered = base.with_mask(self.hidden).masked()
     both = Image.blend(base.picture, covered, .55 if self.mode.value == 'query' else .9)
-    return overlay(both, torch.zeros(*base.grid), opacity=0., legend=False, mark=None if self.canvas.clicked < 0 else self.canvas.clicked, height=self.high)
+    return overlay(both, torch.zeros(*base.grid), opacity=0., legend=False, height=self.high, grey=False,
+                   mark=None if self.canvas.clicked < 0 else self.canvas.clicked)
 
 @patch
 def figure(self:Explorer,
