@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'write_whole', 'tensor_digest', 'save_model', 'file_digest', 'load_model', 'authors_to_ours',
-           'to_authors', 'read_file', 'read_weights', 'LoadReport', 'guess_layout', 'misfit', 'from_authors',
+           'to_authors', 'read_file', 'is_ours', 'read_weights', 'LoadReport', 'guess_layout', 'misfit', 'from_authors',
            'load_teacher', 'load_weights', 'from_timm', 'to_timm']
 
 # %% ../nbs/09_checkpoints.ipynb #3283346a
@@ -93,11 +93,12 @@ def load_model(
         raise CheckpointError(f"{path} does not fit this version ({bootmae_nb.__version__}): {str(e).splitlines()[0]}") from e
     return model.to(device).eval()
 
-# %% ../nbs/09_checkpoints.ipynb #cbe7e84e
-def _read_safetensors(path):
-    "Tensors and header of a safetensors file"
+# %% ../nbs/09_checkpoints.ipynb #c803fff8
+def _read_safetensors(path, only_header=False):
+    "Tensors and header of a safetensors file, after comparing digests; or its header alone, which is small"
     try:
         with safe_open(path, 'pt') as f: head = f.metadata() or {}
+        if only_header: return {}, head
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not a whole safetensors file ({str(e).splitlines()[0]}): fetch or save it again") from e
@@ -229,10 +230,16 @@ def read_file(
     if not isinstance(res, dict): raise CheckpointError(f"{path} holds a {type(res).__name__}, not a dict of weights")
     return res
 
-# %% ../nbs/09_checkpoints.ipynb #50fa2cc5
+# %% ../nbs/09_checkpoints.ipynb #9b8c13fd
+def is_ours(
+    path:Path, # A file
+) -> bool:
+    "Whether a file is one of `save_model`: its header tells, the tensors are not read"
+    return path.suffix == '.safetensors' and path.is_file() and 'config' in _read_safetensors(path, only_header=True)[1]
+
 def _grid_of(path, tensors):
     "Rows and columns of patches, which only our own files tell"
-    with safe_open(path, 'pt') as f: config = (f.metadata() or {}).get('config')
+    config = _read_safetensors(path, only_header=True)[1].get('config')
     if config is None: return {}
     patch = tensors['encoder.vit.patch_embed.proj.weight'].shape[-2:]
     return dict(grid=tuple(s//p for s,p in zip(json.loads(config)['img_size'], patch)))
@@ -404,7 +411,7 @@ def _report(parts, state, method, what, model, teacher_in_file):
     used = [f'teacher.{k}' for k in parts.get('teacher', {}) if teacher_in_file and _our_name(k, method).startswith('encoder.')]
     return LoadReport(what, method, [*state, *used], [*parts['rest'], *(f'teacher.{k}' for k in parts.get('teacher', {}) if f'teacher.{k}' not in used)], missing)
 
-# %% ../nbs/09_checkpoints.ipynb #39ea3210
+# %% ../nbs/09_checkpoints.ipynb #cb7be5b5
 def load_teacher(
     source, # A model, a file of ours or of the authors, a state dict, or a name of timm's with weights: 'vit_base_patch16_clip_224.openai', 'local-dir:…', 'hf-hub:…'
     grid:tuple|None=None, # Rows and columns of patches that it must see, for a name of timm's: its image size is chosen so
@@ -414,7 +421,7 @@ def load_teacher(
     if isinstance(source, nn.Module): return source
     if not isinstance(source, dict):
         path = Path(source)
-        if path.is_dir() or path.suffix == '.safetensors' and path.is_file() and 'config' in _read_safetensors(path)[1]: return load_model(path)
+        if path.is_dir() or is_ours(path): return load_model(path)
         if not path.is_file():
             if path.suffix not in ('.pth', '.pt', '.safetensors') and not path.is_absolute(): return _pretrained(str(source), grid)
             raise CheckpointError(f"{path} is not there: give the file of a teacher, or a name of timm's")

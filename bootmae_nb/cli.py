@@ -282,19 +282,19 @@ def bootmae_convert(
         path = _write_authors(to_authors(model), out, write_whole)
     print(f'{path}: {to_layout}')
 
-# %% ../nbs/30_cli.ipynb #d0f31cdd
+# %% ../nbs/30_cli.ipynb #e86ea01c
 def _any_model(source, layout, num_heads, ema, raw_pixels, img_size):
     "The model in a file or folder, of whatever form"
     from bootmae_nb import hub
-    from bootmae_nb.checkpoints import CheckpointError, from_authors, from_timm, guess_layout, load_model, read_weights
+    from bootmae_nb.checkpoints import CheckpointError, from_authors, from_timm, guess_layout, is_ours, load_model, read_weights
     path = Path(source)
     if not path.exists() and source in hub.released: path,layout = hub.fetch(source), layout or hub.released[source].method
-    if path.is_dir() and layout != 'timm' or layout == 'bootmae_nb': return load_model(path)
+    if path.is_dir() and layout != 'timm' or layout == 'bootmae_nb' or layout is None and is_ours(path): return load_model(path)
     if not path.exists() and path.suffix in ('.pth', '.pt', '.safetensors'): raise CheckpointError(f"{path} is not there: give the file of a model, or a name of timm's")
     if not path.is_file(): return from_timm(f'local-dir:{path}' if path.is_dir() else str(source), targets=())
     if layout is None:
         names = read_weights(path)['model']
-        if any(k.startswith('encoder.vit.') for k in names): return load_model(path)
+        if any(k.startswith('encoder.vit.') for k in names): return load_model(path)         # which says why it cannot
         layout = guess_layout(names)
     return from_authors(path, 'mae' if layout == 'timm' else layout, num_heads, norm_pixels=False if raw_pixels else None, ema=ema, img_size=img_size)
 

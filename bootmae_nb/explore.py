@@ -840,11 +840,12 @@ def _as_image(fig):
     canvas = FigureCanvasAgg(fig); canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
 
-# %% ../nbs/19_explore.ipynb #8bce89a0
+# %% ../nbs/19_explore.ipynb #894bc9c1
 @cache
 def _watch_class():
     from fastai.callback.core import Callback
     from fastai.torch_core import get_model, rank_distrib
+    from bootmae_nb.callbacks import is_fit
 
     class Watch(Callback):
         "Losses, collapse indicator and the reconstruction of one image, live"
@@ -857,7 +858,7 @@ def _watch_class():
         def __getstate__(self): return self.__dict__ | dict(_handle=None)
 
         def before_fit(self):
-            self.run = not any(hasattr(self.learn, o) for o in ('lr_finder', 'gather_preds')) and rank_distrib() == 0
+            self.run = is_fit(self.learn) and rank_distrib() == 0
             if not self.run: return
             self.record,self.picture,self._handle,self._next,self._first = Record(self.threshold), None, None, 0., None
             self._batch = self._fixed(get_model(self.model))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['token_loss', 'mim_targets', 'mim_losses', 'mim_loss']
 
-# %% ../nbs/08_losses.ipynb #3bfd801a
+# %% ../nbs/08_losses.ipynb #b0628a82
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .masking import weight_map as make_weight_map
 from .models import MaskedAutoencoder, Method, methods, plain
 from .patches import mask_order, take
-from .targets import feature_target, norm_feature, pixel_target
+from .targets import feature_prediction, feature_target, pixel_target
 
 # %% ../nbs/08_losses.ipynb #c64b6b06
 def token_loss(
@@ -60,7 +60,7 @@ def mim_targets(
         res['features'] = feature_target(take(model.teacher_features(images), idx), row, _norm(row, 'norm_features', norm_features)), w
     return res
 
-# %% ../nbs/08_losses.ipynb #feefc8e3
+# %% ../nbs/08_losses.ipynb #341c7602
 def mim_losses(
     method:Method, # Says which loss
     out:dict, # What the model predicted for the hidden patches
@@ -68,8 +68,7 @@ def mim_losses(
     norm_features:str|bool|None=None, # As in `mim_targets`
 ) -> dict: # 'pixels' and / or 'features' -> `(B,)`, the loss of each image
     "The loss of each decoder"
-    if 'features' in out and _norm(method, 'norm_features', norm_features) == 'layer':
-        out = out | dict(features=norm_feature(out['features'], 'layer', method.n_parts))
+    if 'features' in out: out = out | dict(features=feature_prediction(out['features'], method, _norm(method, 'norm_features', norm_features)))
     return {k: token_loss(out[k], targ, method.loss, w) for k,(targ,w) in targets.items()}
 
 # %% ../nbs/08_losses.ipynb #5a174e08

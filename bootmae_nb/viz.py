@@ -10,7 +10,7 @@ __all__ = ['explanations', 'fit_image', 'model_input', 'to_stats', 'from_stats',
            'attention_maps', 'attention_sheet', 'nearest_patches', 'nearest_sheet', 'nested_masks', 'ratio_strip',
            'film_strip', 'film_gif']
 
-# %% ../nbs/11_viz.ipynb #bfe3e6d5
+# %% ../nbs/11_viz.ipynb #b85914fb
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from .images import open_image, sample_photo, sample_photos
 from .masking import hide_highest, n_hidden, weight_map
 from .models import MaskedAutoencoder, evaluating, plain
 from .patches import denormalise, mask_order, pair, patch_stats, patchify, take, unpatchify
-from .targets import feature_target, norm_feature
+from .targets import feature_prediction, feature_target, norm_feature
 from .vit import as_encoder
 
 # %% ../nbs/11_viz.ipynb #478e98c9
@@ -263,13 +263,13 @@ def pca_rgb(
     x = torch.where(size > 0, (x - basis.low)/torch.where(size > 0, size, 1.), .5).clamp(0, 1)
     return x.float().mT.reshape(len(x), 3, h, w)
 
-# %% ../nbs/11_viz.ipynb #1dcc2a5a
+# %% ../nbs/11_viz.ipynb #37478d4c
 def _feature_pair(model, images, mask, features):
     "The normalised target of all patches `(B, L, D)` and the prediction for the hidden ones `(B, M, D)`, as the loss compares them"
     row,cls = model.method, int(model.decoders['features'].with_cls)
     targ = feature_target(model.teacher_features(images), row)
     pred = model(images, mask)['features'] if features is None else plain(features)
-    return targ[:, cls:].cpu(), (norm_feature(pred, 'layer', row.n_parts) if row.norm_features == 'layer' else pred.float())[:, cls:].cpu()
+    return targ[:, cls:].cpu(), feature_prediction(pred, row)[:, cls:].cpu()
 
 # %% ../nbs/11_viz.ipynb #a422cab8
 @torch.no_grad()
@@ -365,7 +365,7 @@ class View:
     @property
     def picture(self): return self._once(self._image, 'picture', lambda: to_pil(from_stats(self.model, self.x)[0]))
 
-# %% ../nbs/11_viz.ipynb #4a85ed7c
+# %% ../nbs/11_viz.ipynb #42662027
 def _need(view, what):
     if not getattr(view, f'has_{what}'):
         raise ValueError(f"this {view.model.method.name} model predicts {', '.join(view.model.decoders) or 'nothing'}: this picture needs a model "
@@ -374,9 +374,13 @@ def _need(view, what):
 @patch
 def parts(self:View) -> dict: # Title -> PIL image
     "Image, masked input, prediction, and both together"
+    return {k: to_pil(v[0]) for k,v in self._tensors().items()}
+
+@patch
+def _tensors(self:View):
+    "The pictures of `parts` as images `(1, C, H, W)`"
     _need(self, 'pixels')
-    make = lambda: reconstruction_parts(self.model, self.x, self.mask, self.out['pixels'][:, self.mask[0]])
-    return {k: to_pil(v[0]) for k,v in self._once(self._masked, 'parts', make).items()}
+    return self._once(self._masked, 'parts', lambda: reconstruction_parts(self.model, self.x, self.mask, self.out['pixels'][:, self.mask[0]]))
 
 @patch
 def masked(self:View) -> Image.Image:
@@ -386,9 +390,7 @@ def masked(self:View) -> Image.Image:
 @patch
 def error(self:View) -> Tensor: # `(rows, columns)`, on a scale of 0 to 1; 0 where nothing was hidden
     "Root mean squared error of each hidden patch, on the scale of the pixels"
-    _need(self, 'pixels')
-    make = lambda: reconstruction_parts(self.model, self.x, self.mask, self.out['pixels'][:, self.mask[0]])
-    diff = self._once(self._masked, 'parts', make)
+    diff = self._tensors()
     err = patchify((diff['pasted in'] - diff['image']), self.model.patch_size).square().mean(-1).sqrt()
     return (err*self.mask).reshape(self.grid).cpu()
 
@@ -411,7 +413,7 @@ def feature_mean(
         model.feature_mean.copy_(mean); model.feature_count.fill_(1)
     return model.feature_mean
 
-# %% ../nbs/11_viz.ipynb #ad956de4
+# %% ../nbs/11_viz.ipynb #8a4cbf8d
 @patch
 def target(self:View, centred:bool=True) -> Tensor: # `(L, D)`
     "The teacher's normalised features, without the mean of each place if `centred`"
@@ -424,8 +426,7 @@ def target(self:View, centred:bool=True) -> Tensor: # `(L, D)`
 def predicted(self:View, centred:bool=True) -> Tensor: # `(L, D)`
     "The predicted features, normalised as in the loss; meant for hidden patches, visible ones carry no loss"
     _need(self, 'features')
-    row,x = self.model.method, self.out['features'][0, -self.mask.shape[1]:].float()
-    x = norm_feature(x, 'layer', row.n_parts) if row.norm_features == 'layer' else x
+    x = feature_prediction(self.out['features'][0, -self.mask.shape[1]:], self.model.method)
     return x - feature_mean(self.model) if centred else x
 
 @patch

@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,8 +13,8 @@ import pytest
 import browser
 from browser import free_port
 
-try: from playwright.sync_api import sync_playwright
-except ImportError: sync_playwright = None
+try: import playwright
+except ImportError: playwright = None
 
 root = Path(__file__).parents[1]
 LOCAL = ('127.0.0.1', 'localhost')
@@ -23,7 +22,7 @@ LOCAL = ('127.0.0.1', 'localhost')
 
 def find_chromium():
     "A Chromium on this machine, or a skip that says what is missing."
-    if sync_playwright is None: pytest.skip('BROWSER TEST LEFT OUT: playwright is not installed; pip install playwright')
+    if playwright is None: pytest.skip('BROWSER TEST LEFT OUT: playwright is not installed; pip install playwright')
     found = browser.find_chromium()
     if not found: pytest.skip('BROWSER TEST LEFT OUT: there is no Chromium here; on Debian: apt install chromium, elsewhere: playwright install chromium')
     return found
@@ -44,7 +43,7 @@ def jupyter_lab(folder, wait=120):
         server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], env=env, stdout=log, stderr=log)
     try:
         address, start = f'http://127.0.0.1:{port}', time.monotonic()
-        while not _answers(f'{address}/api/status?token=t'):
+        while not browser.answers(f'{address}/api/status?token=t'):
             if server.poll() is not None or time.monotonic() - start > wait: raise RuntimeError('JupyterLab did not start: ' + (folder/'jupyter.log').read_text()[-2000:])
             time.sleep(.3)
         yield address
@@ -54,26 +53,17 @@ def jupyter_lab(folder, wait=120):
         except subprocess.TimeoutExpired: server.kill(); server.wait()
 
 
-def _answers(url):
-    try: return urllib.request.urlopen(url, timeout=5).status == 200
-    except OSError: return False
-
-
 @contextmanager
 def browser_page(width=1280, height=1000):
     "A page of a headless Chromium, with `page.foreign` (requests to other hosts) and `page.errors` (console errors, exceptions)."
-    chromium = find_chromium()
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        try:
-            page = browser.new_page(viewport=dict(width=width, height=height)); page.set_default_timeout(90_000)
-            page.foreign, page.errors = [], []
-            page.on('request', lambda r: _is_foreign(r.url) and page.foreign.append(r.url))
-            page.on('websocket', lambda s: _is_foreign(s.url) and page.foreign.append(s.url))
-            page.on('console', lambda m: m.type == 'error' and page.errors.append(m.text))
-            page.on('pageerror', lambda e: page.errors.append(str(e)))
-            yield page
-        finally: browser.close()
+    with browser.chromium(find_chromium()) as window:
+        page = window.new_page(viewport=dict(width=width, height=height)); page.set_default_timeout(90_000)
+        page.foreign, page.errors = [], []
+        page.on('request', lambda r: _is_foreign(r.url) and page.foreign.append(r.url))
+        page.on('websocket', lambda s: _is_foreign(s.url) and page.foreign.append(s.url))
+        page.on('console', lambda m: m.type == 'error' and page.errors.append(m.text))
+        page.on('pageerror', lambda e: page.errors.append(str(e)))
+        yield page
 
 
 def _is_foreign(url):
