@@ -39,7 +39,7 @@ class MaskBatch(ItemTransform):
         self.masker,self.grid,self.role = masker, grid, role
         self.restart(seed, 0)
 
-    def restart(self, seed, epoch): self.seed,self.epoch,self.i = seed, epoch, 0
+    def restart(self, seed, epoch, i=0): self.seed,self.epoch,self.i = seed, epoch, i
 
     def encodes(self, b):
         x = b[0] if isinstance(b, list|tuple) else b

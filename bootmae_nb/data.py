@@ -66,26 +66,30 @@ class SeededDL(TfmdDL):
         seed: int = 42,  # another seed, other orders and crops
         epoch: int = -1,  # the epoch last begun: the next pass is number epoch + 1
         on_bad: str = 'raise',  # 'skip': put the next of `dataset.items` in place of one that raises `ImageError`
+        shard: tuple = (0, 1),  # (rank, processes): this process reads every so many-th item of the common order
         **kwargs
     ):
-        self.seed, self.epoch, self.on_bad, self.seeds_items = seed, epoch, on_bad, True
+        self.seed, self.epoch, self.on_bad, self.shard, self.skip, self.seeds_items = seed, epoch, on_bad, shard, 0, True
         self.bad = torch.zeros(len(dataset) if on_bad == 'skip' else 0, dtype=torch.bool).share_memory_()
         with seeded(seed, 'set-up'): super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
 
     def __iter__(self):
-        batches = super().__iter__()
-        for i in itertools.count():
-            with seeded(self.seed, self.epoch, 'batch', i, device=self.device):
-                try: b = next(batches)
-                except StopIteration: return
-            yield b
+        "The batches of the next epoch, without the first `skip` of them, which are not even loaded"
+        batches,first = super().__iter__(), self.skip
+        try:
+            for i in itertools.count(first):
+                with seeded(self.seed, self.epoch, 'batch', i, device=self.device):
+                    try: b = next(batches)
+                    except StopIteration: return
+                yield b
+        finally: self.skip = 0
 
     def before_iter(self):
         "Begin the next epoch, and tell the batch transforms that want to know"
         super().before_iter()
         if self.shuffle: self.epoch += 1
         for f in self.after_batch.fs:
-            if hasattr(f, 'restart'): f.restart(self.seed, self.this_epoch)
+            if hasattr(f, 'restart'): f.restart(self.seed, self.this_epoch, self.skip)
 
     @property
     def this_epoch(self):
@@ -93,6 +97,39 @@ class SeededDL(TfmdDL):
         return max(self.epoch, 0) if self.shuffle else 0
 
     def shuffle_fn(self, idxs): return random.Random(mix_seed(self.seed, self.epoch, 'order')).sample(idxs, len(idxs))
+
+    @property
+    def drops_rest(self):
+        "Whether images that do not fill a batch in every process are left out of this epoch"
+        return self.drop_last and self.n >= self.bs*self.shard[1]
+
+    def _share(self):
+        "Items that each process reads in an epoch"
+        n = self.shard[1]
+        return self.n // n if self.drops_rest else math.ceil(self.n / n)
+
+    def __len__(self):
+        if self.n is None or self.bs is None: return super().__len__()
+        return self._share() // self.bs if self.drops_rest else math.ceil(self._share() / self.bs)
+
+    def _order(self):
+        "Indices that this process reads in this epoch: batch `i` of all processes together is batch `i` of one process with their common batch size"
+        idxs = super().get_idxs()
+        if self.shard[1] == 1: return idxs
+        rank,n = self.shard
+        idxs = list(itertools.islice(itertools.cycle(idxs), self._share()*n))
+        return idxs[rank::n]
+
+    def get_idxs(self): return self._order()[self.skip*self.bs:] if self.skip else self._order()
+    def chunkify(self, b): return b if self.prebatched else chunked(b, self.bs, self.drops_rest)
+
+    def batch_items(self,
+        i: int,  # number of a batch
+    ) -> list:  # of `dataset.items`, or their indices where the dataset has none
+        "What batch `i` of this epoch was made of, other images in place of bad ones aside"
+        idxs = self._order()[i*self.bs:(i + 1)*self.bs]
+        items = getattr(self.dataset, 'items', None)
+        return idxs if items is None else [items[j] for j in idxs]
 
     def do_item(self, s):
         "Item `s`, or the next one that can be read"
@@ -121,7 +158,7 @@ class SeededDL(TfmdDL):
         "A loader with some arguments changed; one for other data raises on bad images"
         if issubclass(cls or SeededDL, SeededDL):
             on_bad = self.on_bad if dataset is None else 'raise'
-            kwargs = dict(seed=self.seed, epoch=self.epoch, on_bad=on_bad) | kwargs
+            kwargs = dict(seed=self.seed, epoch=self.epoch, on_bad=on_bad, shard=self.shard) | kwargs
         return super().new(dataset, cls, **kwargs)
 
     def one_batch(self):

@@ -7,14 +7,14 @@ __all__ = ['decay_groups', 'DecayGroups', 'MimLearner', 'prepare_dls', 'mim_lear
 
 # %% ../nbs/13_learner.ipynb #b94d42ee
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
+from fastai.callback.schedule import LRFinder, ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
@@ -53,12 +53,49 @@ class DecayGroups(Callback):
 # %% ../nbs/13_learner.ipynb #81a8a189
 class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
+    first_epoch = 0
+
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        "As fastai's, but epochs before `start_epoch` do not take place at all"
+        self.first_epoch = start_epoch
+        with self._tidy_on_error(): super().fit(n_epoch, lr, wd, cbs, reset_opt)
+
+    def _do_fit(self):
+        try:
+            for epoch in range(self.first_epoch, self.n_epoch):
+                self.epoch = epoch
+                self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        except BaseException as e:
+            if not isinstance(e, CancelFitException):
+                for cb in self._grab_cbs(LRFinder): cb.after_fit()              # back to the weights before the search
+            raise
+
+    def all_batches(self):
+        self.n_iter = len(self.dl)
+        for i,b in enumerate(self.dl, getattr(self.dl, 'skip', 0)): self.one_batch(i, b)
+
     def one_batch(self, i, b):
-        dl,device = self.dls.train, next(self.model.parameters()).device
+        dl,device,was_on = self.dls.train, next(self.model.parameters()).device, torch.is_autocast_enabled('cuda')
         try:
             with seeded('step', dl.seed, dl.this_epoch, i, rank_distrib(), device=device) if self.training else nullcontext(): super().one_batch(i, b)
-        except BaseException:
+        finally:
             for cb in self._grab_cbs(CPUBFloat16): cb.close()
+            if torch.is_autocast_enabled('cuda') and not was_on:
+                for cb in self._grab_cbs(MixedPrecision): cb.autocast.__exit__(None, None, None)
+
+    @contextmanager
+    def _tidy_on_error(self):
+        "After an exception: what a fit wraps, switches and holds is as it was before"
+        model,logger,loaders = self.model, self.logger, list(self.dls.loaders)
+        try: yield
+        except BaseException:
+            self.model,self.logger,self.dls.loaders[:] = model, logger, loaders
+            for dl in loaders: dl.skip = 0
+            for cb in self.cbs: cb.run = True
+            if self.opt is not None: self.opt.zero_grad()
+            if hasattr(self, 'stage_epochs'): del self.stage_epochs
+            if hasattr(self.loss_func, 'clear'): self.loss_func.clear()
+            self._end_cleanup()
             raise
 
     def to_bf16(self):

@@ -140,7 +140,7 @@ class Noise(Transform):
     order = 99
     def __init__(self): super().__init__(); self.calls = []
     def encodes(self, x: torch.Tensor): return x + torch.rand(1)
-    def restart(self, seed, epoch): self.calls.append((seed, epoch))
+    def restart(self, seed, epoch, i): self.calls.append((seed, epoch, i))
 
 
 def test_batch_transforms_are_seeded_and_restarted(folder):
@@ -148,7 +148,7 @@ def test_batch_transforms_are_seeded_and_restarted(folder):
     for o in dls: o.train.after_batch.add(noise); o.valid.after_batch.add(noise)
     a, b = (epoch(o.train) for o in dls)
     assert same(a, b); epoch(dls[0].train); epoch(dls[0].valid)
-    assert noise.calls == [(5, 0), (5, 0), (5, 1), (5, 0)]
+    assert noise.calls == [(5, 0, 0), (5, 0, 0), (5, 1, 0), (5, 0, 0)]
     assert same(epoch(dls[0].valid), epoch(dls[1].valid)) and same(epoch(dls[0].valid), epoch(dls[0].valid)) and dls[0].valid.epoch == -1
 
 
