@@ -92,6 +92,7 @@ class MimBatch(Callback):
     def after_pred(self): self.learn.pred = tuple(self.pred.values())
     def after_backward(self): zero_key_bias_grads(get_model(self.model))
     def after_fit(self): self.learn.loss_func.clear()
+    after_error = after_fit
     def after_validate(self): self.learn.loss_func.targets = None
 
 # %% ../nbs/12_callbacks.ipynb #871e1eb3
@@ -130,7 +131,7 @@ def is_fit(learn) -> bool:
 # %% ../nbs/12_callbacks.ipynb #04c2cdf4
 class StagedTeacher(Callback):
     "dBOT's stages: the trained encoder becomes the teacher, and everything that learns starts anew"
-    order,run_valid = 75,False            # after `SkipToEpoch` (70), so that nothing happens in epochs that are skipped
+    order,run_valid = 75,False
     def __init__(self,
         stages:int|list=2, # Stages of equal length, or the epochs at which the second, third, ... begin
         folder:str|Path|bool|None=None, # Where to save the encoder of each stage; `None` = `stages` in the learner's path, False = nowhere
@@ -159,7 +160,11 @@ class StagedTeacher(Callback):
         self.stage = sum(self.epoch >= e for e in self.ends[:-1])                      # from 0
         start = self.ends[self.stage - 1] if self.stage else 0
         self.learn.stage_epochs = start, self.ends[self.stage]
-        if self.stage and self.epoch == start: self._next()
+        if self.stage and self.epoch == start and not self._resumed(): self._next()
+
+    def _resumed(self):
+        "Whether the fit goes on in the middle of this epoch, so that its stage has begun already"
+        return self.epoch == getattr(self.learn, 'first_epoch', 0) and getattr(self.learn, 'first_batch', 0) > 0
 
     def _next(self):
         "The encoder teaches from now on; all that learns starts anew"
@@ -179,7 +184,7 @@ class StagedTeacher(Callback):
     def after_batch(self): self._set_pct(self.epoch + (self.iter + 1)/self.n_iter)
 
     def after_epoch(self):
-        if self.stage is None or self.epoch + 1 not in self.ends or rank_distrib(): return        # no stage yet: the epoch was skipped
+        if self.epoch + 1 not in self.ends or rank_distrib(): return
         model,name = get_model(self.model), f'stage_{self.stage + 1}'
         entry = dict(stage=self.stage + 1, epochs=self.epoch + 1 - self.learn.stage_epochs[0])
         if self.probe is not None: entry |= self.probe(model)
@@ -190,6 +195,7 @@ class StagedTeacher(Callback):
 
     def after_fit(self):
         if hasattr(self.learn, 'stage_epochs'): del self.learn.stage_epochs
+    after_error = after_fit
 
 # %% ../nbs/12_callbacks.ipynb #8f7bcfa1
 def stage_ends(

@@ -13,7 +13,7 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .callbacks import MomentumTeacher
-from .learner import MimLearner, mim_learner
+from .learner import MimLearner, mim_learner, remembered
 from .models import MaskedAutoencoder, get_method, methods
 
 # %% ../nbs/14_recipes.ipynb #329a39d8
@@ -194,6 +194,7 @@ def _images_per_step(learn, cbs):
     return math.ceil(n/bs)*bs
 
 @patch
+@remembered
 def fit_recipe(self:MimLearner,
     recipe:str|Recipe, # A recipe or its name
     epochs:int|None=None, # Epochs of a stage, see `Recipe.for_batch`; `None` = the recipe's
