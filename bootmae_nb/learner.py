@@ -87,7 +87,7 @@ class MimLearner(Learner):
         except BaseException:
             for cb in self._grab_cbs(LRFinder): cb.after_fit()              # back to the weights before the search
             for cb in self.cbs:
-                if hasattr(cb, 'after_error'): cb.after_error()
+                if hasattr(type(cb), 'after_error'): cb.after_error()
                 cb.run = True
             self.model,self.logger,self.dls.loaders[:] = model, logger, loaders
             for dl in loaders: dl.skip = 0
@@ -109,7 +109,7 @@ class MimLearner(Learner):
         "Full precision"
         return self.remove_cbs([MixedPrecision, CPUBFloat16])
 
-# %% ../nbs/13_learner.ipynb #c90f9863
+# %% ../nbs/13_learner.ipynb #5373d86c
 def remembered(f):
     "A verb of a learner that trains, and notes its own name and arguments as `fit_call`; verbs that it calls note nothing"
     @wraps(f)
