@@ -6,7 +6,7 @@
 __all__ = ['decay_groups', 'DecayGroups', 'MimLearner', 'remembered', 'prepare_dls', 'mim_learner']
 
 # %% ../nbs/13_learner.ipynb #b94d42ee
-import warnings
+import re, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from inspect import signature
@@ -84,7 +84,8 @@ class MimLearner(Learner):
         "After an exception: what a fit wraps, switches and holds is as it was before"
         model,logger,loaders = self.model, self.logger, list(self.dls.loaders)
         try: yield
-        except BaseException:
+        except BaseException as e:
+            if e.args and isinstance(e.args[0], str): e.args = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\n\t', '', e.args[0]), *e.args[1:]
             for cb in self._grab_cbs(LRFinder): cb.after_fit()              # back to the weights before the search
             for cb in self.cbs:
                 if hasattr(type(cb), 'after_error'): cb.after_error()
@@ -109,7 +110,7 @@ class MimLearner(Learner):
         "Full precision"
         return self.remove_cbs([MixedPrecision, CPUBFloat16])
 
-# %% ../nbs/13_learner.ipynb #5373d86c
+# %% ../nbs/13_learner.ipynb #6fe6137f
 def remembered(f):
     "A verb of a learner that trains, and notes its own name and arguments as `fit_call`; verbs that it calls note nothing"
     @wraps(f)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResumeError', 'pack', 'unpack', 'run_settings', 'environment', 'differences', 'read_info', 'find_state', 'RunState']
 
-# %% ../nbs/14a_runs.ipynb #3b3ab270
+# %% ../nbs/14a_runs.ipynb #7e3bcb07
 import json, os, platform, random, re, signal, threading, time, warnings
 from dataclasses import asdict
 from datetime import datetime
@@ -34,11 +34,11 @@ from .learner import MimLearner
 from .models import plain, teach_self
 from .recipes import Recipe
 
-# %% ../nbs/14a_runs.ipynb #e3b1aa76
+# %% ../nbs/14a_runs.ipynb #ded72bec
 class ResumeError(CheckpointError):
     "A run that cannot be gone on with, with the reason"
 
-# %% ../nbs/14a_runs.ipynb #703d0e2f
+# %% ../nbs/14a_runs.ipynb #1671cd86
 def pack(
     o, # Tensors, arrays, numbers, strings, lists and dicts of them
     tensors:dict, # Gets the tensors, by their path
@@ -65,7 +65,7 @@ def unpack(
     if isinstance(o, dict): return tensors[o['__tensor__']] if '__tensor__' in o else {k: unpack(v, tensors) for k,v in o.items()}
     return [unpack(v, tensors) for v in o] if isinstance(o, list) else o
 
-# %% ../nbs/14a_runs.ipynb #45602e38
+# %% ../nbs/14a_runs.ipynb #bd3b1468
 def _generators():
     "States of the global generators"
     py,npy = random.getstate(), np.random.get_state()
@@ -78,7 +78,7 @@ def _set_generators(saved):
     if 'torch' in saved: torch.set_rng_state(saved['torch'])
     for i,o in enumerate(saved.get('cuda', [])[:torch.cuda.device_count()]): torch.cuda.set_rng_state(o, i)
 
-# %% ../nbs/14a_runs.ipynb #5d40b52b
+# %% ../nbs/14a_runs.ipynb #9ae7b863
 def _names(learn): return {id(p): n for n,p in get_model(learn.model).named_parameters()}
 
 def _inner_state(learn):
@@ -115,7 +115,7 @@ def _set_gradients(learn, saved):
     params = dict(get_model(learn.model).named_parameters())
     for n,g in saved.items(): params[n].grad = g.to(params[n].device).clone()
 
-# %% ../nbs/14a_runs.ipynb #de4121ae
+# %% ../nbs/14a_runs.ipynb #de48facb
 def _fields(o, names=None):
     "Numbers and tensors of an object, by name"
     return {k: v for k,v in vars(o).items() if (names is None or k in names) and (v is None or isinstance(v, bool|int|float|str|torch.Tensor|np.number))}
@@ -144,7 +144,7 @@ def _set_recorder(learn, saved):
     rec.values,rec.iters,rec.lrs = L(L(o) for o in saved['values']), [*saved['iters']], saved['lrs'].tolist()
     rec.losses = [] if saved['losses'] is None else [*saved['losses'].unbind()]
 
-# %% ../nbs/14a_runs.ipynb #503eb456
+# %% ../nbs/14a_runs.ipynb #ab4e9db8
 def _keeps_state(cb): return hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')      # an instance passes every name on to the model
 
 def _known(cb):
@@ -182,7 +182,7 @@ def _set_callbacks(learn, saved):
     for k,st in saved.items():
         if k in here: _set_cb_state(learn, here[k], st)
 
-# %% ../nbs/14a_runs.ipynb #135b0663
+# %% ../nbs/14a_runs.ipynb #0eacf757
 def _as_saved(learn, saved, config):
     "Make the learner's model one that the saved weights fit"
     model,wrong = get_model(learn.model), misfit(get_model(learn.model).state_dict(), saved)
@@ -201,13 +201,13 @@ def _set_model(learn, saved):
     model = get_model(learn.model)
     model.load_state_dict(saved)
 
-# %% ../nbs/14a_runs.ipynb #8d998385
+# %% ../nbs/14a_runs.ipynb #0ac65df9
 _parts = dict(                                                                  # name -> how to take it from a learner, how to put it back
     model=(lambda learn: dict(get_model(learn.model).state_dict()), _set_model),
     optimizer=(_optimizer, _set_optimizer), hypers=(_hypers, _set_hypers), gradients=(_gradients, _set_gradients),
     recorder=(_recorder, _set_recorder), callbacks=(_callbacks, _set_callbacks))
 
-# %% ../nbs/14a_runs.ipynb #7b88680f
+# %% ../nbs/14a_runs.ipynb #dcd2a806
 def _encode(o):
     "An argument of a fit as JSON; raises `TypeError` for objects"
     if isinstance(o, slice): return {'__slice__': [_encode(v) for v in (o.start, o.stop, o.step)]}
@@ -234,18 +234,21 @@ def _encode_call(call):
         except TypeError: objects[k] = [type(o).__name__ for o in L(v) if not isinstance(o, RunState)]
     return dict(verb=call['verb'], args=args, objects={k: v for k,v in objects.items() if v})
 
-# %% ../nbs/14a_runs.ipynb #b8570908
-def _data(dl, n_sizes=20_000):
-    "How many images a loader has, and a digest of their names and, of up to `n_sizes` of them, of the sizes of their files"
-    items = getattr(dl.dataset, 'items', None)
-    if items is None: return dict(number=len(dl.dataset))
-    names = [str(o) if isinstance(o, str|Path) else '' for o in items]
-    root = os.path.commonpath([os.path.dirname(o) for o in set(names)]) if all(os.path.isabs(o) for o in names) and names else ''
-    h = blake2b(digest_size=16)
-    for i,(name,o) in enumerate(zip(names, items)):
-        size = (os.stat(name).st_size if os.path.exists(name) else None) if name and i < n_sizes else getattr(o, 'size', None)
-        h.update(repr((name.removeprefix(root), size)).encode())
-    return dict(number=len(items), digest=h.hexdigest())
+# %% ../nbs/14a_runs.ipynb #849d61e6
+def _names_of(dl):
+    "Names of a loader's files, from the folder that they have in common; '' for an image that is no file"
+    names = [str(o) if isinstance(o, str|Path) else '' for o in getattr(dl.dataset, 'items', [])]
+    root = os.path.commonpath([os.path.dirname(o) for o in set(names)]) if names and all(map(os.path.isabs, names)) else ''
+    return [o.removeprefix(root) for o in names]
+
+def _data(dl):
+    "How many images a loader has, and a digest of their names"
+    return dict(number=len(dl.dataset), digest=blake2b('\n'.join(_names_of(dl)).encode(errors='surrogateescape'), digest_size=16).hexdigest())
+
+def _sizes(dl, n=20_000):
+    "Digest of the sizes of the first files, as a hint that they are not what they were"
+    size = lambda o: os.stat(o).st_size if isinstance(o, str|Path) and os.path.exists(o) else getattr(o, 'size', None)
+    return blake2b(repr([size(o) for o in getattr(dl.dataset, 'items', [])[:n]]).encode(), digest_size=16).hexdigest()
 
 def _pipeline(tfms):
     "Transforms with their settings, without addresses"
@@ -262,7 +265,7 @@ def _settings_of(cb):
     if names is None: return {} if _keeps_state(cb) else None
     return {k: getattr(cb, k) for k in names}
 
-# %% ../nbs/14a_runs.ipynb #31ad26ad
+# %% ../nbs/14a_runs.ipynb #eea078b5
 def run_settings(
     learn:MimLearner, # A learner in a fit
 ) -> dict: # JSON
@@ -281,9 +284,9 @@ def environment(learn) -> dict:
     p = next(learn.model.parameters())
     name = torch.cuda.get_device_name(p.device) if p.is_cuda else platform.processor() or platform.machine()
     return dict(bootmae_nb=bootmae_nb.__version__, torch=str(torch.__version__), fastai=fastai.__version__, timm=timm.__version__, python=platform.python_version(),
-                device=f'{p.device.type} ({name})', threads=torch.get_num_threads())
+                device=f'{p.device.type} ({name})', threads=torch.get_num_threads(), sizes_of_images=_sizes(learn.dls.train))
 
-# %% ../nbs/14a_runs.ipynb #499b755a
+# %% ../nbs/14a_runs.ipynb #107a65dc
 def _flat(d, path=''):
     if isinstance(d, dict): return {k2: v2 for k,v in d.items() for k2,v2 in _flat(v, f'{path}.{k}' if path else k).items()} or {path: {}}
     if isinstance(d, list) and any(isinstance(o, dict) for o in d): return _flat({str(i): o for i,o in enumerate(d)}, path)
@@ -298,7 +301,7 @@ def differences(
     short = lambda d, k: 'absent' if k not in d else repr(d[k]) if len(repr(d[k])) < 60 else repr(d[k])[:57] + '...'
     return [f'{k}: {short(a, k)} -> {short(b, k)}' for k in [*a, *(k for k in b if k not in a)] if k not in a or k not in b or a[k] != b[k]]
 
-# %% ../nbs/14a_runs.ipynb #fa7a6573
+# %% ../nbs/14a_runs.ipynb #c2bbee64
 def _states(folder): return sorted((Path(folder)/'state').glob('[0-9]*.json'), reverse=True)
 
 def _remove(path):
@@ -336,7 +339,7 @@ def _read_state(file):
         return unpack(json.loads(head['content']), load_file(file))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e: raise ResumeError(f"{file} cannot be read ({str(e).splitlines()[0]})") from e
 
-# %% ../nbs/14a_runs.ipynb #5ed750be
+# %% ../nbs/14a_runs.ipynb #55a02702
 class RunState(Callback):
     "Save the whole state of a run now and then, and when it is stopped, for `MimLearner.resume`"
     order = 100                                                         # after everything else that belongs to a batch or an epoch
@@ -361,7 +364,7 @@ class RunState(Callback):
         pending = getattr(self.learn, 'pending', None)
         self._prepare(pending)
         self.settings_now,self.top,self.position,self.figures,self.finished = run_settings(self.learn), None, (0, 0), None, False
-        self.last_step,self.last_time,self.saved_position,self.signal = 0, time.monotonic(), None, None
+        self.last_step,self.last_time,self.saved_position,self.signal,self.outside = 0, time.monotonic(), None, None, None
         if pending: self._restore(*pending)
         else: self._first()
         self._watch()
@@ -415,12 +418,16 @@ class RunState(Callback):
 
     def before_train(self):
         self.figures = None
-        if self.epoch != self.learn.first_epoch or not hasattr(self, 'mine'): return
+        if self.epoch == self.learn.first_epoch and hasattr(self, 'mine'): self._restore_in_epoch()
+        self.outside = _generators()                                    # within a step they are those of the step
+
+    def _restore_in_epoch(self):
         self.dls.train.skip = self.learn.first_batch
         if self.learn.first_batch: self.learn.pct_train = self.pct
         _set_metrics(self.learn, self.mine.get('metrics', [])[:None if self.learn.first_batch else 1])      # the smoothed loss goes on in the next epoch, means do not
         _set_generators(self.mine.get('generators', {}))
         del self.mine
+
 
     # ---- when to save
 
@@ -432,7 +439,7 @@ class RunState(Callback):
 
     def after_train(self):
         "Keep the figures of training, which validation begins with resetting"
-        self.figures = _metrics_state(self.learn)
+        self.figures,self.outside = _metrics_state(self.learn), None
 
     def after_epoch(self):
         if self.recorder.cancel_train: return
@@ -466,7 +473,7 @@ class RunState(Callback):
         must:bool=False, # Raise if it cannot be written
     ) -> Path|None: # The file; `None` if it could not be written
         "Save the state as it is now; a failure is told and does not end the run"
-        own = dict(generators=_generators(), metrics=self.figures or _metrics_state(self.learn), bad=[dl.bad.nonzero()[:, 0] for dl in self.dls.loaders])
+        own = dict(generators=self.outside or _generators(), metrics=self.figures or _metrics_state(self.learn), bad=[dl.bad.nonzero()[:, 0] for dl in self.dls.loaders])
         ranks = _gather(own)
         self.last_step,self.last_time = self.train_iter, time.monotonic()
         if rank_distrib(): return None
@@ -544,7 +551,7 @@ class RunState(Callback):
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(text)
 
-# %% ../nbs/14a_runs.ipynb #c6f86446
+# %% ../nbs/14a_runs.ipynb #cd9b78b2
 def _in_worker(number):
     "A loader's process gets the signals of its terminal too: it goes on while the step is finished, and a terminated one ends by itself a little later"
     if number == signal.SIGTERM:
@@ -557,7 +564,7 @@ def _gather(own):
     dist.all_gather_object(res, own)
     return res
 
-# %% ../nbs/14a_runs.ipynb #a8a17135
+# %% ../nbs/14a_runs.ipynb #4217d4e6
 @patch
 def resume(self:MimLearner,
     folder:str|Path, # Folder of a run, as `RunState` wrote it
