@@ -125,8 +125,8 @@ class MomentumTeacher(Callback):
 
 # %% ../nbs/12_callbacks.ipynb #bc247847
 def is_fit(learn) -> bool:
-    "Whether a fit of the learner trains for good: not `lr_find`, not `get_preds`"
-    return not any(hasattr(learn, o) for o in ('lr_finder', 'gather_preds'))
+    "Whether a fit of the learner trains for good: not `lr_find`, not `get_preds` or `validate`"
+    return getattr(learn, 'fit_call', True) is not None and not any(hasattr(learn, o) for o in ('lr_finder', 'gather_preds'))
 
 # %% ../nbs/12_callbacks.ipynb #04c2cdf4
 class StagedTeacher(Callback):

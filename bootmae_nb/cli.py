@@ -6,10 +6,15 @@
 __all__ = ['plain_errors', 'bootmae_train', 'bootmae_reconstruct', 'bootmae_convert', 'bootmae_demo']
 
 # %% ../nbs/30_cli.ipynb #630adbf1
+import json
+import os
+import shlex
 import sys
 import warnings
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 from fastcore.script import call_parse
 
@@ -60,17 +65,17 @@ def _assignments(texts):
     return res
 
 # %% ../nbs/30_cli.ipynb #3fcdac14
-@call_parse
+@call_parse(pos=['source'])
 @plain_errors
 def bootmae_train(
-    source:str, # Folder of images, any nesting, labels not needed; or 'photos': those that come with the installed packages
+    source:str=None, # Folder of images, any nesting, labels not needed; or 'photos': those that come with the installed packages
     arch:str=None, # A plain ViT of timm; vit_small_patch16_224, or the recipe's, if not given
     method:str=None, # bootmae, mae or dbot; bootmae, or the recipe's, if not given
     recipe:str=None, # A paper's recipe by its name, e.g. bootmae_base_800: schedule, decay, augmentation; what is given besides wins
     epochs:int=None, # Epochs, of each stage if there are several; 100, or the recipe's, if not given
     img_size:str=None, # Image size in pixels: 224, or height x width such as 96x160; 224 if not given
     patch_size:int=None, # Patch size in pixels; the arch's own if not given
-    bs:int=64, # Images in a batch
+    bs:int=None, # Images in a batch; 64 if not given
     lr:float=None, # Highest learning rate; 1e-3 for 'onecycle', 1.5e-4 x batch / 256 for 'paper' if not given
     schedule:str=None, # onecycle (if not given), or paper: linear warm-up, cosine to a floor
     mask:str=None, # Kind of mask: block, random, grid, band_noise, ...; the method's own if not given
@@ -80,38 +85,85 @@ def bootmae_train(
     stages:int=None, # Stages of dbot: after each the encoder becomes the teacher and training starts anew; 1, or the recipe's, if not given
     clip:float=None, # Clip the norm of the gradients at this value
     ema:str=None, # Momentum of the teacher: run (if not given: the paper's, scaled to the run), paper, or one or two numbers: 0.99,0.999
-    in_chans:int=3, # Channels: 3 colour, 1 grey, 4 colour with opacity
+    in_chans:int=None, # Channels: 3 colour (if not given), 1 grey, 4 colour with opacity
     crops:int=None, # Random crops of each image per epoch; enough for 512 where images are few
     min_scale:float=None, # Smallest random crop as a share of the image; 0.2 if not given
-    valid_pct:float=.1, # Share of the images kept for validation
+    valid_pct:float=None, # Share of the images kept for validation; 0.1 if not given
     set:Annotated[str, "Sizes of the model and columns of the method to change, e.g. --set depth=6 pixel_width=192 pixel_inject=None", dict(nargs='+')]=None,
     out:Path=None, # Folder of the run; a new one in run_dir of settings.ini if not given
     seed:int=None, # Seed of weights, order, crops and masks; settings.ini's if not given
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
     precision:str=None, # auto, fp32, bf16 or fp16; settings.ini's if not given
     workers:int=None, # Processes that load images; settings.ini's if not given
-    overwrite:bool=False, # Write over the model of an earlier run in the same folder
+    overwrite:bool=False, # Write over an earlier run in the same folder
+    resume:Path=None, # Go on with the run in this folder where it was stopped; nothing else need be given
+    allow_changes:bool=False, # Go on although other settings were given than the run was started with
+    state_minutes:float=None, # Minutes between two states of the run that can be gone on from; 10 if not given. One more is saved after each epoch, and when it is stopped
+    state_steps:int=None, # Batches between two states
+    state_keep:int=None, # States to keep; 2 if not given
 ):
     "Pretrain a masked autoencoder on a folder of images"
-    from bootmae_nb.settings import load_settings, pick_device, pick_precision, pick_workers
-    s = load_settings()
-    device = pick_device(device or s.device)
-    precision = pick_precision(precision or s.precision, device)
-    r,out = _recipe(recipe, arch, method, epochs, lr, bs, clip, schedule, stages, min_scale), _run_folder(out, s.run_dir, overwrite)
-    ema,size,epochs = _ema(ema or ('paper' if recipe else 'run')), _size(img_size or '224'), r.epochs if epochs is None else epochs
-    if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
+    args = _of_run(dict(locals()))
+    return _train(SimpleNamespace(**args))
+
+# %% ../nbs/30_cli.ipynb #37cded74
+_may_differ = ('out', 'overwrite', 'resume', 'allow_changes', 'workers', 'device', 'source', 'state_minutes', 'state_steps', 'state_keep')      # may differ from the run that is gone on with
+
+def _of_run(args):
+    "The arguments of a command; of the run that it goes on with, if there is one"
+    if args['resume'] is None:
+        if args['source'] is None: raise ValueError("no images were named: give a folder of images, or 'photos', or --resume and the folder of a run")
+        return args
+    saved = _read_run(args['resume'])['arguments']
+    given = {k: _plain(v) for k,v in args.items() if v is not None and v is not False}
+    changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
+    if changed and not args['allow_changes']: raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
+    as_path = {k: Path(saved[k]) for k in ('weights',) if saved.get(k)}
+    return args | saved | as_path | {k: args[k] for k in given} | dict(out=args['resume'])
+
+def _plain(o): return os.path.abspath(o) if isinstance(o, Path) or isinstance(o, str) and os.path.exists(o) else o
+
+def _read_run(folder):
+    try: return json.loads((Path(folder)/'run.json').read_text())
+    except (OSError, ValueError) as e: raise ValueError(f"{folder} holds no run of bootmae-train to go on with ({e}): give the folder that it wrote to") from e
+
+# %% ../nbs/30_cli.ipynb #b3d94859
+def _train(a):
+    "A run, from its arguments"
     from bootmae_nb.data import mim_dls
     from bootmae_nb.recipes import recipe_learner
-    dls = mim_dls(source, img_size=size, bs=bs, in_chans=in_chans, crops_per_image=crops, min_scale=r.min_scale, flip=r.flip, valid_pct=valid_pct, device=device,
-                  seed=s.seed if seed is None else seed, num_workers=pick_workers(s.workers if workers is None else workers))
-    given = dict(mask_ratio=mask_ratio, teacher=teacher, patch_size=patch_size, mask=mask) | (dict(ema=ema) if ema is not None else {})
-    ablations = _assignments(set) | {k: v for k,v in given.items() if v is not None}
-    learn = recipe_learner(dls, r, precision=precision, weights=weights, log_pictures=out/'reconstructions', path=out, **ablations)
-    if recipe: print(r.for_batch(bs, epochs))
+    from bootmae_nb.runs import RunState
+    from bootmae_nb.settings import load_settings, pick_device, pick_precision, pick_workers
+    s = load_settings()
+    device = pick_device(a.device or s.device)
+    precision,seed,bs = pick_precision(a.precision or s.precision, device), s.seed if a.seed is None else a.seed, a.bs or 64
+    r,out = _recipe(a.recipe, a.arch, a.method, a.epochs, a.lr, bs, a.clip, a.schedule, a.stages, a.min_scale), _run_folder(a.out, s.run_dir, a.overwrite, a.resume)
+    ema,size,epochs = _ema(a.ema or ('paper' if a.recipe else 'run')), _size(a.img_size or '224'), r.epochs if a.epochs is None else a.epochs
+    if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
+    dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip, valid_pct=.1 if a.valid_pct is None else a.valid_pct,
+                  device=device, seed=seed, num_workers=pick_workers(s.workers if a.workers is None else a.workers))
+    given = dict(mask_ratio=a.mask_ratio, teacher=a.teacher, patch_size=a.patch_size, mask=a.mask) | (dict(ema=ema) if ema is not None else {})
+    ablations = _assignments(a.set) | {k: v for k,v in given.items() if v is not None}
+    learn = recipe_learner(dls, r, precision=precision, weights=None if a.resume else a.weights, log_pictures=out/'reconstructions', path=out, **ablations)
+    learn.add_cb(RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., keep=a.state_keep or 2, overwrite=a.overwrite))
+    if a.recipe: print(r.for_batch(bs, epochs))
     _announce(learn, r.arch, device, precision, out)
-    history = _fit(learn, r, epochs, lr, schedule or ('recipe' if recipe else 'onecycle'))
-    _write_run(learn, history, out, dict(source=source, recipe=recipe, epochs=epochs, stages=r.stages, bs=bs, schedule=schedule, lr=lr, clip=r.clip, ema=ema,
-                                         precision=precision, device=str(device), seed=dls.train.seed, weights=weights, teacher=teacher))
+    run = _begin(learn, a, dict(precision=precision, seed=seed, device=str(device)))
+    history,ended = _fit(learn, r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), run['first'], out if a.resume else None, a.allow_changes)
+    _write_run(learn, history, out, dict(source=a.source, recipe=a.recipe, epochs=epochs, stages=r.stages, bs=bs, schedule=a.schedule, lr=a.lr, clip=r.clip, ema=ema,
+                                         precision=precision, device=str(device), seed=seed, weights=a.weights, teacher=a.teacher))
+    if ended: raise SystemExit(ended)
+
+# %% ../nbs/30_cli.ipynb #e3d13254
+def _begin(learn, a, picked):
+    "What a run was started with, and its losses before training: of this run, or as the one that is gone on with has it"
+    from bootmae_nb.checkpoints import write_whole
+    if a.resume: return _read_run(a.resume)
+    with learn.no_bar(): first = [*learn.validate()]
+    arguments = {k: _plain(v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')} | {k: v for k,v in picked.items() if k != 'device'}
+    run = dict(arguments=arguments, first=first, device=picked['device'], started=datetime.now().isoformat(timespec='seconds'))
+    write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
+    return run
 
 # %% ../nbs/30_cli.ipynb #4b7be00b
 def _recipe(name, arch, method, epochs, lr, bs, clip, schedule, stages, min_scale):
@@ -127,10 +179,13 @@ def _recipe(name, arch, method, epochs, lr, bs, clip, schedule, stages, min_scal
     return recipe(r, **{k: v for k,v in given.items() if v is not None})
 
 # %% ../nbs/30_cli.ipynb #f60347ef
-def _run_folder(out, run_dir, overwrite):
-    "The folder of a run, not one that holds a model already"
+def _run_folder(out, run_dir, overwrite, resume):
+    "The folder of a run, not one that holds another run"
     import time
+    from bootmae_nb.runs import unfinished
     out = Path(out) if out else Path(run_dir)/time.strftime('%Y%m%d-%H%M%S')
+    if resume: return out
+    if not overwrite and (at := unfinished(out)): raise ValueError(f"{out} holds a run that stopped in {at}: go on with it (--resume {out}), choose another --out, or say --overwrite")
     if (out/'model.safetensors').exists() and not overwrite:
         raise ValueError(f"{out} holds the model of an earlier run: choose another --out, or say --overwrite")
     return out
@@ -150,35 +205,36 @@ def _announce(learn, arch, device, precision, out):
 # %% ../nbs/30_cli.ipynb #60cb0ad1
 class _PlainLog:
     "One line for each epoch, where there is no terminal to draw a progress bar in"
-    def __init__(self, names): self.names = names
+    def __init__(self, names): self.names,self.begun = names, False
     def __call__(self, row):
-        if row[0] == 0: print('  '.join(f'{o:>{max(8, len(o))}}' for o in self.names))
+        if not self.begun: print('  '.join(f'{o:>{max(8, len(o))}}' for o in self.names)); self.begun = True
         print('  '.join(f"{f'{o:.4f}' if isinstance(o, float) else str(o):>{max(8, len(n))}}" for n,o in zip(self.names, row)), flush=True)
 
 # %% ../nbs/30_cli.ipynb #e1c89fd3
-def _fit(learn, r, epochs, lr, schedule):
-    "Train, and return the losses by epoch as a table whose row 0 is before training"
+def _fit(learn, r, epochs, lr, schedule, first, resume, allow_changes):
+    "Train; the losses by epoch as a table whose row 0 is before training, and the status to end with if the run was stopped"
     import time
     import pandas as pd
     from contextlib import nullcontext
     parts = ['loss', *(m.name for m in learn.metrics)]
     names = [f'{kind}_{o}' for kind in ('train', 'valid') for o in parts]
-    with learn.no_bar(): first = [None]*len(parts) + [*learn.validate()]
     learn.recorder.train_metrics = True
     if not sys.stdout.isatty(): learn.logger = _PlainLog(['epoch', *names, 'time'])
-    start,done = time.perf_counter(), []
+    start,ended = time.perf_counter(), 0
     with nullcontext() if sys.stdout.isatty() else learn.no_bar():
         try:
-            if schedule == 'recipe': learn.fit_recipe(r, epochs)
+            if resume: learn.resume(resume, allow_changes)
+            elif schedule == 'recipe': learn.fit_recipe(r, epochs)
             elif r.stages > 1: learn.fit_stages(epochs, r.stages, lr or (1e-3 if schedule == 'onecycle' else None), dict(onecycle='one_cycle').get(schedule, schedule))
             elif schedule == 'paper': learn.fit_paper(epochs, **({} if lr is None else dict(base_lr=lr*256/learn.dls.train.bs)))
             else: learn.fit_one_cycle(epochs, lr or 1e-3)
-        except KeyboardInterrupt: print('interrupted: writing what has been learnt so far', flush=True); done.append('interrupted')
-    took = time.perf_counter() - start
-    history = pd.DataFrame([first, *learn.recorder.values], columns=names).rename_axis('epoch')
-    history.attrs = dict(seconds=round(took, 1), images_per_second=round(len(history[1:])*len(learn.dls.train)*learn.dls.train.bs/took, 1),
-                         interrupted=bool(done))
-    return history
+        except KeyboardInterrupt: ended = 130
+        except SystemExit as e: ended = e.code
+    took,state = time.perf_counter() - start, learn.run_state
+    history = pd.DataFrame([[None]*len(parts) + first, *learn.recorder.values], columns=names).rename_axis('epoch')
+    history.attrs = dict(seconds=round(took, 1), images_per_second=round((learn.train_iter - state.first_step)*learn.dls.train.bs/took, 1), interrupted=bool(ended))
+    if ended: print(f'interrupted: writing what has been learnt so far; go on with: bootmae-train --resume {shlex.quote(str(state.folder))}', flush=True)
+    return history, ended
 
 # %% ../nbs/30_cli.ipynb #c79be177
 def _write_run(learn, history, out, how):

@@ -56,7 +56,7 @@ def find_models(
     folders = [where] if where else [load_settings().run_dir, Path(str(files('bootmae_nb')))/'data']
     found = {}
     for folder in folders:
-        paths = [p for depth in ('*', '*/*', '*/*/*') for p in folder.glob(f'{depth}.safetensors') if p.parent.name != 'stages' and not p.name.startswith('.')]
+        paths = [p for depth in ('*', '*/*', '*/*/*') for p in folder.glob(f'{depth}.safetensors') if _for_show(p)]
         for p in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
             if len(found) < most and _is_ours(p): found.setdefault(_name(p, folder), p)
     if where and not found: raise CheckpointError(f"{where} holds no checkpoint of ours: train one with bootmae-train, or give another folder")

@@ -60,7 +60,7 @@ def test_help_answers_at_once(command):
 
 def test_a_run_leaves_model_losses_and_pictures(trained):
     out,done = trained
-    assert sorted(p.name for p in out.iterdir()) == ['history.csv', 'losses.png', 'model.json', 'model.safetensors', 'reconstructions']
+    assert sorted(p.name for p in out.iterdir()) == ['best.json', 'best.safetensors', 'history.csv', 'losses.png', 'model.json', 'model.safetensors', 'reconstructions', 'run.json', 'state']
     assert [p.name for p in sorted((out/'reconstructions').iterdir())] == [f'epoch_{i:04}.png' for i in (1, 2, 3)]
     rows = list(csv.DictReader((out/'history.csv').open()))
     assert len(rows) == 4 and float(rows[-1]['valid_pixels']) < float(rows[0]['valid_pixels']) and rows[0]['train_loss'] == '' and float(rows[3]['train_features']) > 0
@@ -109,7 +109,7 @@ def test_errors_are_one_sentence(args, says, tmp_path, capsys, monkeypatch):
 def parse_and_run():
     "What the console script does, in this process, which has imported everything already"
     from fastcore.script import parse_cli
-    args,kwargs,_ = parse_cli(cli.bootmae_train)
+    args,kwargs,_ = parse_cli(cli.bootmae_train, pos=['source'])
     return cli.bootmae_train(*args, **kwargs)
 
 
@@ -132,7 +132,7 @@ def test_an_interrupt_keeps_what_was_learnt(folder, tmp_path):
     while not (out/'reconstructions'/'epoch_0001.png').exists(): assert p.poll() is None, p.stderr.read(); time.sleep(.1)
     p.send_signal(signal.SIGINT)
     text,_ = p.communicate(timeout=60)
-    assert p.returncode == 0 and 'interrupted' in text
+    assert p.returncode == 130 and 'interrupted' in text
     assert json.loads((out/'model.json').read_text())['training']['interrupted'] is True
     load_model(out)
 
@@ -238,3 +238,56 @@ def test_convert_refuses_in_a_sentence(trained, args, says, tmp_path, capsys, mo
     text = capsys.readouterr().err
     assert e.value.code == 2 and says in text and len(text.strip().splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ['there.safetensors']
+
+
+# ---- stopped, and gone on with
+
+def started(*args, until):
+    "A command that runs until a file is there"
+    p = subprocess.Popen([bin/'bootmae-train', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    while not until.exists(): assert p.poll() is None, p.stderr.read(); time.sleep(.02)
+    return p
+
+
+@pytest.mark.parametrize('number,status,workers', [(signal.SIGKILL, -9, 0), (signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 2)])
+def test_a_run_that_is_stopped_goes_on_to_the_weights_of_one_that_was_not(number, status, workers, trained, folder, tmp_path):
+    "By a kill, by Ctrl-C to all processes, or by SIGTERM to all processes"
+    out = tmp_path/'run'
+    args = folder, *small, '--epochs', 3, '--crops', 4, '--lr', 1e-3, '--out', out, '--seed', 3
+    p = started(*args, '--state-steps', 1, '--workers', workers, until=out/'reconstructions'/'epoch_0001.png')
+    os.killpg(p.pid, number)
+    text,_ = p.communicate(timeout=60)
+    assert p.returncode == status and ('--resume' in text) == (number != signal.SIGKILL)
+    again = run('bootmae-train', *args)
+    assert again.returncode == 2 and 'holds a run that stopped in epoch' in again.stderr and '--resume' in again.stderr
+    other = run('bootmae-train', '--resume', out, '--bs', 2)
+    assert other.returncode == 2 and 'bs: 4 -> 2' in other.stderr and '--allow-changes' in other.stderr
+    done = run('bootmae-train', '--resume', out)
+    assert done.returncode == 0, done.stderr
+    assert same_weights(out, trained[0])
+    mine,theirs = ([{k: v for k,v in row.items()} for row in csv.DictReader(open(o/'history.csv'))] for o in (out, trained[0]))
+    assert mine == theirs and len(mine) == 4
+    assert run('bootmae-train', '--resume', out).returncode == 0, 'a finished run is finished'
+
+
+def same_weights(a, b):
+    a,b = (load_model(o).state_dict() for o in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+
+
+def test_a_recipe_with_stages_goes_on(folder, tmp_path):
+    args = folder, *small[:8], '--set', 'width=48', 'depth=2', 'heads=3', 'feature_width=32', 'feature_depth=1', 'feature_heads=2', '--method', 'dbot', '--stages', 2, '--epochs', 2, '--crops', 4, '--seed', 3
+    whole = run('bootmae-train', *args, '--out', tmp_path/'whole')
+    assert whole.returncode == 0, whole.stderr
+    p = started(*args, '--out', tmp_path/'run', '--state-steps', 1, until=tmp_path/'run'/'stages'/'stage_1.safetensors')
+    p.kill(); p.communicate(timeout=60)
+    done = run('bootmae-train', '--resume', tmp_path/'run')
+    assert done.returncode == 0, done.stderr
+    assert same_weights(tmp_path/'run', tmp_path/'whole') and (tmp_path/'run'/'stages'/'stage_2.safetensors').exists()
+
+
+def test_what_cannot_be_gone_on_with(tmp_path):
+    done = run('bootmae-train', '--resume', tmp_path)
+    assert done.returncode == 2 and 'holds no run of bootmae-train' in done.stderr and 'Traceback' not in done.stderr
+    assert 'no images were named' in run('bootmae-train').stderr
