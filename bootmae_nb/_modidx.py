@@ -287,6 +287,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bootmae_nb.demo._endpoints': ('demo.html#_endpoints', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo._finite': ('demo.html#_finite', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo._first_photo': ('demo.html#_first_photo', 'bootmae_nb/demo.py'),
+                                 'bootmae_nb.demo._for_show': ('demo.html#_for_show', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo._from_query': ('demo.html#_from_query', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo._grid_values': ('demo.html#_grid_values', 'bootmae_nb/demo.py'),
                                  'bootmae_nb.demo._is_ours': ('demo.html#_is_ours', 'bootmae_nb/demo.py'),

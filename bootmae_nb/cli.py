@@ -98,7 +98,7 @@ def bootmae_train(
     overwrite:bool=False, # Write over an earlier run in the same folder
     resume:Path=None, # Go on with the run in this folder where it was stopped; nothing else need be given
     allow_changes:bool=False, # Go on although other settings were given than the run was started with
-    state_minutes:float=None, # Minutes between two states of the run that can be gone on from; 10 if not given. One more is saved after each epoch, and when it is stopped
+    state_minutes:float=None, # Minutes between two states to go on from; 10 if not given. More are saved after each epoch, and when the run is stopped
     state_steps:int=None, # Batches between two states
     state_keep:int=None, # States to keep; 2 if not given
 ):
@@ -107,7 +107,7 @@ def bootmae_train(
     return _train(SimpleNamespace(**args))
 
 # %% ../nbs/30_cli.ipynb #37cded74
-_may_differ = ('out', 'overwrite', 'resume', 'allow_changes', 'workers', 'device', 'source', 'state_minutes', 'state_steps', 'state_keep')      # may differ from the run that is gone on with
+_may_differ = ('out', 'overwrite', 'resume', 'allow_changes', 'workers', 'device', 'source', 'state_minutes', 'state_steps', 'state_keep')
 
 def _of_run(args):
     "The arguments of a command; of the run that it goes on with, if there is one"
@@ -117,7 +117,8 @@ def _of_run(args):
     saved = _read_run(args['resume'])['arguments']
     given = {k: _plain(v) for k,v in args.items() if v is not None and v is not False}
     changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
-    if changed and not args['allow_changes']: raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
+    if changed and not args['allow_changes']:
+        raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
     as_path = {k: Path(saved[k]) for k in ('weights',) if saved.get(k)}
     return args | saved | as_path | {k: args[k] for k in given} | dict(out=args['resume'])
 
@@ -140,8 +141,8 @@ def _train(a):
     r,out = _recipe(a.recipe, a.arch, a.method, a.epochs, a.lr, bs, a.clip, a.schedule, a.stages, a.min_scale), _run_folder(a.out, s.run_dir, a.overwrite, a.resume)
     ema,size,epochs = _ema(a.ema or ('paper' if a.recipe else 'run')), _size(a.img_size or '224'), r.epochs if a.epochs is None else a.epochs
     if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
-    dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip, valid_pct=.1 if a.valid_pct is None else a.valid_pct,
-                  device=device, seed=seed, num_workers=pick_workers(s.workers if a.workers is None else a.workers))
+    dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip,
+                  valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, num_workers=pick_workers(s.workers if a.workers is None else a.workers))
     given = dict(mask_ratio=a.mask_ratio, teacher=a.teacher, patch_size=a.patch_size, mask=a.mask) | (dict(ema=ema) if ema is not None else {})
     ablations = _assignments(a.set) | {k: v for k,v in given.items() if v is not None}
     learn = recipe_learner(dls, r, precision=precision, weights=None if a.resume else a.weights, log_pictures=out/'reconstructions', path=out, **ablations)
@@ -160,8 +161,9 @@ def _begin(learn, a, picked):
     from bootmae_nb.checkpoints import write_whole
     if a.resume: return _read_run(a.resume)
     with learn.no_bar(): first = [*learn.validate()]
-    arguments = {k: _plain(v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')} | {k: v for k,v in picked.items() if k != 'device'}
-    run = dict(arguments=arguments, first=first, device=picked['device'], started=datetime.now().isoformat(timespec='seconds'))
+    arguments = {k: _plain(v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')}
+    run = dict(arguments=arguments | {k: picked[k] for k in ('precision', 'seed')}, first=first, device=picked['device'],
+               started=datetime.now().isoformat(timespec='seconds'))
     write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
     return run
 
@@ -185,7 +187,8 @@ def _run_folder(out, run_dir, overwrite, resume):
     from bootmae_nb.runs import unfinished
     out = Path(out) if out else Path(run_dir)/time.strftime('%Y%m%d-%H%M%S')
     if resume: return out
-    if not overwrite and (at := unfinished(out)): raise ValueError(f"{out} holds a run that stopped in {at}: go on with it (--resume {out}), choose another --out, or say --overwrite")
+    if not overwrite and (at := unfinished(out)):
+        raise ValueError(f"{out} holds a run that stopped in {at}: go on with it (--resume {out}), choose another --out, or say --overwrite")
     if (out/'model.safetensors').exists() and not overwrite:
         raise ValueError(f"{out} holds the model of an earlier run: choose another --out, or say --overwrite")
     return out

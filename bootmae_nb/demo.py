@@ -43,6 +43,10 @@ def _name(path, folder):
     rel = path.relative_to(folder)
     return (rel.parent if rel.stem == 'model' and rel.parent.parts else rel.with_suffix('')).as_posix()
 
+def _for_show(path):
+    "Whether a file is a run's model: not what it needs to go on, nor the best model so far where there is a last one"
+    return path.parent.name not in ('stages', 'state') and not path.name.startswith('.') and not (path.stem == 'best' and path.with_stem('model').exists())
+
 def find_models(
     where=None, # A checkpoint, or a folder that holds some; `None` = the newest runs in the settings' `run_dir`, then those that come with the package
     most:int=12, # Models at most

@@ -20,7 +20,6 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.learner import Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.basics import patch
@@ -28,9 +27,8 @@ from fastcore.foundation import L
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 import bootmae_nb
-from .callbacks import CPUBFloat16, FeatureWeight, MimBatch, MomentumTeacher, StagedTeacher, is_fit
+from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
 from .checkpoints import CheckpointError, file_digest, misfit, save_model, write_whole
-from .data import SeededDL
 from .learner import MimLearner
 from .models import plain, teach_self
 from .recipes import Recipe
@@ -190,7 +188,8 @@ def _as_saved(learn, saved, config):
     other_teacher = model.method.teacher != config['method']['teacher']
     if (wrong or other_teacher) and config['method']['teacher'] == 'frozen' and 'features' in model.decoders:
         if teach_self(model):
-            if model is not learn.model: raise ResumeError("the feature head changed its width in an earlier stage, which several processes cannot follow: go on in one process")
+            if model is not learn.model: raise ResumeError("the feature head changed its width in an earlier stage, which several processes cannot follow: "
+                                                               "go on in one process")
             old = learn.opt.hypers
             learn.create_opt()
             for k in old[0]: learn.opt.set_hyper(k, L(o[k] for o in old))
@@ -382,7 +381,8 @@ class RunState(Callback):
         "Make sure, before anything takes long, that the folder can be written to and holds no run that would be lost"
         if rank_distrib(): return
         if not pending and not self.overwrite and (at := unfinished(self.folder)):
-            raise ResumeError(f"{self.folder} holds a run that stopped in {at}: go on with it (learn.resume, bootmae-train --resume), choose another folder, or say overwrite")
+            raise ResumeError(f"{self.folder} holds a run that stopped in {at}: go on with it (learn.resume, bootmae-train --resume), choose another folder, "
+                              "or say overwrite")
         probe = write_whole(self.folder/'state'/'probe', lambda p: p.write_bytes(b''))
         probe.unlink()
 
@@ -493,8 +493,8 @@ class RunState(Callback):
 
     def _write(self, ranks):
         learn,model = self.learn, get_model(self.model)
-        place = dict(epoch=self.position[0], batch=self.position[1], n_epoch=self.n_epoch, n_iter=len(self.dls.train), pct_train=float(self.pct_train), train_iter=self.train_iter,
-                     first=learn.mim_batch.first)
+        place = dict(epoch=self.position[0], batch=self.position[1], n_epoch=self.n_epoch, n_iter=len(self.dls.train), pct_train=float(self.pct_train),
+                     train_iter=self.train_iter, first=learn.mim_batch.first)
         content = {name: take(learn) for name,(take,_) in _parts.items()} | dict(config=_encode(model.config), ranks=ranks, place=place, top=self.top)
         tensors = {}; left = pack(content, tensors)
         bad = [k for k,t in tensors.items() if k.startswith(('model.', 'optimizer.')) and t.is_floating_point() and not t.isfinite().all()]

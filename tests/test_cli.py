@@ -60,7 +60,8 @@ def test_help_answers_at_once(command):
 
 def test_a_run_leaves_model_losses_and_pictures(trained):
     out,done = trained
-    assert sorted(p.name for p in out.iterdir()) == ['best.json', 'best.safetensors', 'history.csv', 'losses.png', 'model.json', 'model.safetensors', 'reconstructions', 'run.json', 'state']
+    assert sorted(p.name for p in out.iterdir()) == [
+        'best.json', 'best.safetensors', 'history.csv', 'losses.png', 'model.json', 'model.safetensors', 'reconstructions', 'run.json', 'state']
     assert [p.name for p in sorted((out/'reconstructions').iterdir())] == [f'epoch_{i:04}.png' for i in (1, 2, 3)]
     rows = list(csv.DictReader((out/'history.csv').open()))
     assert len(rows) == 4 and float(rows[-1]['valid_pixels']) < float(rows[0]['valid_pixels']) and rows[0]['train_loss'] == '' and float(rows[3]['train_features']) > 0
@@ -277,7 +278,8 @@ def same_weights(a, b):
 
 
 def test_a_recipe_with_stages_goes_on(folder, tmp_path):
-    args = folder, *small[:8], '--set', 'width=48', 'depth=2', 'heads=3', 'feature_width=32', 'feature_depth=1', 'feature_heads=2', '--method', 'dbot', '--stages', 2, '--epochs', 2, '--crops', 4, '--seed', 3
+    sizes = 'width=48', 'depth=2', 'heads=3', 'feature_width=32', 'feature_depth=1', 'feature_heads=2'
+    args = folder, *small[:8], '--set', *sizes, '--method', 'dbot', '--stages', 2, '--epochs', 2, '--crops', 4, '--seed', 3
     whole = run('bootmae-train', *args, '--out', tmp_path/'whole')
     assert whole.returncode == 0, whole.stderr
     p = started(*args, '--out', tmp_path/'run', '--state-steps', 1, until=tmp_path/'run'/'stages'/'stage_1.safetensors')
