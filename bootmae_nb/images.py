@@ -10,7 +10,10 @@ __all__ = ['FORMATS', 'EXTENSIONS', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_ASPECT', 'Ima
 import importlib.util
 import io
 import os
+import re
 import stat
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,16 +44,21 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 def _check_tiles(im, name, max_pixels):
     tags = getattr(im, 'tag_v2', {})
-    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > max_pixels:
+    if int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0)) > max_pixels:
         raise ImageError(f'{name} is stored in tiles of more than {max_pixels:,} pixels: save it again, or raise max_pixels')
 
 # %% ../nbs/02_images.ipynb #c4c2fe1d
-def _check_file(path):
+def _unreadable(name, e):
+    return ImageError(f'{name} cannot be read ({getattr(e, "strerror", None) or e}): check the path, its permissions and the disk')
+
+def _check_file(path, name):
     try: st = os.stat(path)
-    except FileNotFoundError: raise ImageError(f'{path} does not exist: check the spelling and the folder') from None
-    except (OSError, ValueError) as e: raise ImageError(f'{path} cannot be read ({e}): check the path and its permissions') from None
-    if stat.S_ISDIR(st.st_mode): raise ImageError(f'{path} is a folder: give an image file, or list the folder with image_files')
-    if not stat.S_ISREG(st.st_mode): raise ImageError(f'{path} is not a regular file: give an image file')
+    except FileNotFoundError:
+        if os.path.islink(path): raise ImageError(f'{name} is a link to a file that does not exist: mend or remove it') from None
+        raise ImageError(f'{name} does not exist: check the spelling and the folder') from None
+    except (OSError, ValueError) as e: raise _unreadable(name, e) from None
+    if stat.S_ISDIR(st.st_mode): raise ImageError(f'{name} is a folder: give an image file, or list the folder with image_files')
+    if not stat.S_ISREG(st.st_mode): raise ImageError(f'{name} is not a regular file: give an image file')
 
 # %% ../nbs/02_images.ipynb #439189dc
 def _unknown(head, name):
@@ -61,12 +69,18 @@ def _unknown(head, name):
     return ImageError(f'{name} is damaged or in an unknown format: give one of {", ".join(FORMATS)}')
 
 # %% ../nbs/02_images.ipynb #de6e7049
-def _damaged(name, e): return ImageError(f'{name} is truncated or damaged ({str(e) or type(e).__name__}): copy or download it again')
+def _damaged(name, e):
+    "The error for what happened while a file was read: the disk's, memory's, or that of its content"
+    if isinstance(e, ImageError): return e
+    if isinstance(e, OSError) and e.errno: return _unreadable(name, e)
+    if isinstance(e, MemoryError): return ImageError(f'{name} does not fit in memory: make it smaller')
+    why = ''.join(o if o.isprintable() else ' ' for o in str(e))[:150].strip() or type(e).__name__
+    return ImageError(f'{name} is truncated or damaged ({why}): copy or download it again')
 
 # %% ../nbs/02_images.ipynb #bb5f249f
 def _content(src, name):
     "The path itself, or the bytes of `src` as a file"
-    if isinstance(src, (str, os.PathLike)): _check_file(src); return src
+    if isinstance(src, (str, os.PathLike)): _check_file(src, name); return src
     if isinstance(src, (bytes, bytearray, memoryview)): return io.BytesIO(src)
     if not hasattr(src, 'read'):
         raise ImageError(f'{name} is of type {type(src).__name__}: give a path, bytes, an open file, a PIL image or a numpy array')
@@ -80,25 +94,38 @@ def _head(content, n=512):
     if isinstance(content, io.BytesIO): return content.getvalue()[:n]
     with open(content, 'rb') as f: return f.read(n)
 
+# %% ../nbs/02_images.ipynb #bbadd02e
+_SILENT = 'ignore', None, Warning, re.compile(r'PIL\.'), 0
+
+@contextmanager
+def _quiet_pillow():
+    "No warnings of Pillow inside, also with threads"
+    warnings.filters.insert(0, _SILENT)
+    try: yield
+    finally:
+        if _SILENT in warnings.filters: warnings.filters.remove(_SILENT)
+
 # %% ../nbs/02_images.ipynb #5b73af8b
 def _open_lazily(src, name, max_pixels, min_side):
     "An image whose header was read and found harmless, still to be decoded"
-    content = _content(src, name)
-    try: im = Image.open(content, formats=FORMATS)
-    except UnidentifiedImageError: raise _unknown(_head(content), name) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    try:
+        content = _content(src, name)
+        try: im = Image.open(content, formats=FORMATS)
+        except UnidentifiedImageError: raise _unknown(_head(content), name) from None
+    except Image.DecompressionBombError:
         raise ImageError(f'{name} has more pixels than PIL.Image.MAX_IMAGE_PIXELS allows: make it smaller') from None
     except Exception as e: raise _damaged(name, e) from None
-    try: _check_size(im.size, name, max_pixels); _check_tiles(im, name, max_pixels)
-    except ImageError: im.close(); raise
-    if min_side: im.draft(None, (min_side, min_side))
+    try:
+        _check_size(im.size, name, max_pixels); _check_tiles(im, name, max_pixels)
+        if min_side: im.draft(None, (min_side, min_side))
+    except Exception as e: im.close(); raise _damaged(name, e) from None
     return im
 
 # %% ../nbs/02_images.ipynb #60b9652d
 def _name(src, name):
-    if name: return name
-    if isinstance(src, (str, os.PathLike)): return os.fspath(src)
-    return str(getattr(src, 'filename', '') or getattr(src, 'name', '') or 'the image')
+    "What to call an image in one line that every terminal can print"
+    if not name: name = os.fsdecode(src) if isinstance(src, (str, os.PathLike)) else str(getattr(src, 'filename', '') or getattr(src, 'name', '') or 'the image')
+    return name if name.isprintable() else repr(name)
 
 # %% ../nbs/02_images.ipynb #defc21f6
 def image_size(
@@ -111,7 +138,7 @@ def image_size(
     name = _name(src, name)
     if isinstance(src, np.ndarray): _check_array(src, name, max_pixels); return src.shape[1::-1]
     if isinstance(src, Image.Image): _check_size(src.size, name, max_pixels); return tuple(src.size)
-    with _open_lazily(src, name, max_pixels, min_side) as im: return tuple(im.size)
+    with _quiet_pillow(), _open_lazily(src, name, max_pixels, min_side) as im: return tuple(im.size)
 
 # %% ../nbs/02_images.ipynb #80e7e314
 def _to_bytes(x, ranges):
@@ -184,8 +211,9 @@ def open_image(
     if channels not in _MODES: raise ValueError(f'channels={channels} is not possible: choose 1 (grey), 3 (RGB) or 4 (RGB and opacity)')
     name = _name(src, name)
     if isinstance(src, np.ndarray): _check_array(src, name, max_pixels); return _with_channels(_from_array(src), channels)
-    if isinstance(src, Image.Image): _check_size(src.size, name, max_pixels); return _decode(src, channels, name)
-    with _open_lazily(src, name, max_pixels, min_side) as im: return _decode(im, channels, name)
+    with _quiet_pillow():
+        if isinstance(src, Image.Image): _check_size(src.size, name, max_pixels); return _decode(src, channels, name)
+        with _open_lazily(src, name, max_pixels, min_side) as im: return _decode(im, channels, name)
 
 # %% ../nbs/02_images.ipynb #4ffbdfb7
 def _decode(im, channels, name):
@@ -206,7 +234,8 @@ def _walk(folder, recurse):
     def is_new(path):
         real = os.path.realpath(path); new = real not in seen; seen.add(real)
         return new
-    for here, folders, files in os.walk(folder, followlinks=True):
+    def tell(e): warnings.warn(f'{e.filename} cannot be listed ({e.strerror}), so its images are left out: check its permissions', stacklevel=4)
+    for here, folders, files in os.walk(folder, onerror=tell, followlinks=True):
         yield here, files
         folders[:] = [o for o in sorted(folders) if recurse and _visible(o) and is_new(os.path.join(here, o))]
 
