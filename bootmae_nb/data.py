@@ -62,9 +62,10 @@ def seeded(
         try: yield
         finally: random.setstate(py); np.random.set_state(npy)
 
-# %% ../nbs/03_data.ipynb #09d9dabf
+# %% ../nbs/03_data.ipynb #ac8db9f9
 def _item_name(o, i):
-    "The name of a file, or the number of an image without one"
+    "The name of a file, alone or with a label, or the number of an image without one"
+    if isinstance(o, (tuple, list)) and len(o): o = o[0]
     return os.fspath(o) if isinstance(o, (str, Path)) else f'item {i}'
 
 def _as_raised(e):
@@ -384,7 +385,7 @@ def _for_all(f, items, at_once=1, quiet=False):
         for part in pool.map(lambda part: [_attempt(f, o) for o in part], chunked(items, at_once)): res += part; bar.update(len(part))
     return res
 
-# %% ../nbs/03_data.ipynb #4d7d72fe
+# %% ../nbs/03_data.ipynb #6f2ed9c9
 _SETTLED,_WORTH = 2, 1  # seconds: files that changed within the first are not remembered; looks that took less than the second neither
 
 def _memory_file(items, settings):
@@ -396,7 +397,7 @@ def _memory_file(items, settings):
     key = blake2b(repr((root, sorted(settings.items()), PIL.__version__, bootmae_nb.__version__)).encode(errors='surrogatepass'), digest_size=16).hexdigest()
     return cache/'bootmae_nb'/'looked_at'/f'{key}.json', root
 
-# %% ../nbs/03_data.ipynb #cc6264f8
+# %% ../nbs/03_data.ipynb #39556c5d
 def _digest(text): return blake2b(text.encode(), digest_size=16).hexdigest()
 
 def _read_memory(file):
@@ -417,7 +418,7 @@ def _write_memory(file, rows):
             if tmp: Path(tmp).unlink(missing_ok=True)
             raise
 
-# %% ../nbs/03_data.ipynb #980e4d87
+# %% ../nbs/03_data.ipynb #5e3ab942
 class _Memory:
     "Files that were fine when they were last looked at: how much memory each takes once decoded, and whether it has been decoded"
     def __init__(self, items, settings):
@@ -579,7 +580,7 @@ def mim_dls(
     dls.left_out = left_out
     return dls
 
-# %% ../nbs/03_data.ipynb #ac719f93
+# %% ../nbs/03_data.ipynb #f033c456
 def check_images(
     source=None,  # folder, list or DataFrame, as for `mim_dls`
     only_bad: bool = False,  # only the refused ones
