@@ -56,9 +56,10 @@ def png_header(w, h):
 
 
 def tiled_tiff(size, tile):
-    "A small picture in a tile of any size"
-    tags = [(256, size), (257, size), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile), (324, 134), (325, 8)]
-    return b'II*\0' + struct.pack('<IH', 8, len(tags)) + b''.join(struct.pack('<HHII', t, 4, 1, v) for t, v in tags) + bytes(16)
+    "A small picture in a tile of any size; whole if the tile is small"
+    body = zlib.compress(bytes(min(tile, 64)**2))
+    tags = [(256, size), (257, size), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile), (324, 134), (325, len(body))]
+    return b'II*\0' + struct.pack('<IH', 8, len(tags)) + b''.join(struct.pack('<HHII', t, 4, 1, v) for t, v in tags) + bytes(4) + body
 
 
 def flip(data, at, bit=3):
