@@ -62,7 +62,7 @@ def seeded(
         try: yield
         finally: random.setstate(py); np.random.set_state(npy)
 
-# %% ../nbs/03_data.ipynb #ac8db9f9
+# %% ../nbs/03_data.ipynb #f78e3411
 def _item_name(o, i):
     "The name of a file, alone or with a label, or the number of an image without one"
     if isinstance(o, (tuple, list)) and len(o): o = o[0]
@@ -385,7 +385,7 @@ def _for_all(f, items, at_once=1, quiet=False):
         for part in pool.map(lambda part: [_attempt(f, o) for o in part], chunked(items, at_once)): res += part; bar.update(len(part))
     return res
 
-# %% ../nbs/03_data.ipynb #6f2ed9c9
+# %% ../nbs/03_data.ipynb #a869bd1a
 _SETTLED,_WORTH = 2, 1  # seconds: files that changed within the first are not remembered; looks that took less than the second neither
 
 def _memory_file(items, settings):
@@ -397,7 +397,7 @@ def _memory_file(items, settings):
     key = blake2b(repr((root, sorted(settings.items()), PIL.__version__, bootmae_nb.__version__)).encode(errors='surrogatepass'), digest_size=16).hexdigest()
     return cache/'bootmae_nb'/'looked_at'/f'{key}.json', root
 
-# %% ../nbs/03_data.ipynb #39556c5d
+# %% ../nbs/03_data.ipynb #8a0af180
 def _digest(text): return blake2b(text.encode(), digest_size=16).hexdigest()
 
 def _read_memory(file):
@@ -418,7 +418,7 @@ def _write_memory(file, rows):
             if tmp: Path(tmp).unlink(missing_ok=True)
             raise
 
-# %% ../nbs/03_data.ipynb #5e3ab942
+# %% ../nbs/03_data.ipynb #afa6e112
 class _Memory:
     "Files that were fine when they were last looked at: how much memory each takes once decoded, and whether it has been decoded"
     def __init__(self, items, settings):
@@ -580,7 +580,7 @@ def mim_dls(
     dls.left_out = left_out
     return dls
 
-# %% ../nbs/03_data.ipynb #f033c456
+# %% ../nbs/03_data.ipynb #113d1375
 def check_images(
     source=None,  # folder, list or DataFrame, as for `mim_dls`
     only_bad: bool = False,  # only the refused ones

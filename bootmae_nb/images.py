@@ -94,7 +94,7 @@ def _head(content, n=512):
     if isinstance(content, io.BytesIO): return content.getvalue()[:n]
     with open(content, 'rb') as f: return f.read(n)
 
-# %% ../nbs/02_images.ipynb #dc5f1716
+# %% ../nbs/02_images.ipynb #1f38a733
 _SILENT = 'ignore', None, Warning, re.compile(r'PIL\.'), 0
 
 @contextmanager
@@ -121,7 +121,7 @@ def _open_lazily(src, name, max_pixels, min_side):
     except Exception as e: im.close(); raise _damaged(name, e) from None
     return im
 
-# %% ../nbs/02_images.ipynb #82b112d4
+# %% ../nbs/02_images.ipynb #ac953371
 def printable(
     name: str,  # of a file
 ) -> str:

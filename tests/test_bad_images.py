@@ -279,6 +279,14 @@ def test_scans_at_the_same_time_do_no_harm(many):
     assert not broken and scan(many) == (BAD, 2)
 
 
+def test_a_memory_that_cannot_be_replaced_stays_whole(many, monkeypatch):
+    scan(many); (file,) = memory(many); whole = file.read_bytes()
+    Image.new('RGB', (9, 9)).save(many/'new.png')
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'replace', full)
+    assert scan(many) == (BAD, 3) and file.read_bytes() == whole and list(file.parent.iterdir()) == [file]
+
+
 def test_two_lists_of_one_folder_share_a_memory(many):
     files = image_files(many)
     find_bad(files[:20], OpenImage(), cache=0, full=True); find_bad(files[10:], OpenImage(), cache=0, full=True)
