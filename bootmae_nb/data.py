@@ -4,20 +4,26 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'seeded', 'SeededDL', 'TensorGrey', 'PILGrey', 'OpenImage', 'CropImage', 'FlipCrop', 'decode_side',
-           'find_bad', 'mim_dls']
+           'find_bad', 'mim_dls', 'check_images']
 
 # %% ../nbs/03_data.ipynb #10495016
 import itertools
+import json
 import math
+import os
 import random
+import tempfile
+import time
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import PIL
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, ToTensor
@@ -27,9 +33,11 @@ from fastai.vision.core import PILImage, PILImageBW
 from fastcore.meta import delegates
 from fastcore.utils import chunked, num_cpus
 from PIL import Image
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from .images import MAX_PIXELS, ImageError, image_files, image_size, open_image, sample_photos
+import bootmae_nb
+from .images import MAX_PIXELS, ImageError, image_files, image_size, open_image, printable, sample_photos
 
 # %% ../nbs/03_data.ipynb #837e84b9
 def mix_seed(
@@ -54,6 +62,17 @@ def seeded(
         try: yield
         finally: random.setstate(py); np.random.set_state(npy)
 
+# %% ../nbs/03_data.ipynb #f78e3411
+def _item_name(o, i):
+    "The name of a file, alone or with a label, or the number of an image without one"
+    if isinstance(o, (tuple, list)) and len(o): o = o[0]
+    return os.fspath(o) if isinstance(o, (str, Path)) else f'item {i}'
+
+def _as_raised(e):
+    "An `ImageError` that a worker raised, without the worker's traceback in its message"
+    lines = [o for o in str(e).splitlines() if o.startswith(f'{ImageError.__module__}.ImageError: ')]
+    return ImageError(lines[-1].partition(': ')[2]) if lines else e
+
 # %% ../nbs/03_data.ipynb #92e8ba13
 class SeededDL(TfmdDL):
     "A `TfmdDL` in which every random choice follows from the seed, the epoch and the item"
@@ -71,11 +90,12 @@ class SeededDL(TfmdDL):
     ):
         self.seed, self.epoch, self.on_bad, self.shard, self.skip, self.seeds_items = seed, epoch, on_bad, shard, 0, True
         self.bad = torch.zeros(len(dataset) if on_bad == 'skip' else 0, dtype=torch.bool).share_memory_()
+        self.told, self.n_told, self.places = torch.zeros_like(self.bad), 0, None
         with seeded(seed, 'set-up'): super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
 
     def __iter__(self):
         "The batches of the next epoch, without the first `skip` of them, which are not even loaded"
-        batches,first = super().__iter__(), self.skip
+        batches,first = self._watched(super().__iter__()), self.skip
         try:
             for i in itertools.count(first):
                 with seeded(self.seed, self.epoch, 'batch', i, device=self.device):
@@ -134,21 +154,78 @@ class SeededDL(TfmdDL):
     def do_item(self, s):
         "Item `s`, or the next one that can be read"
         if self.on_bad == 'raise': return self._item(s)
-        for i in ((s or 0) + k for k in range(self.n)):
-            if self.bad[i % self.n]: continue
-            try: return self._item(i % self.n)
-            except ImageError as e: self._mark_bad(i % self.n, e)
-        raise ImageError(f'none of the {self.n} images can be read: look at the warnings above for the reasons')
+        i,why = s or 0, ''
+        while (i := self._next_good(i)) is not None:
+            try: return self._item(i)
+            except ImageError as e: self._mark_bad(i, e); why = f' (the last one: {e})'
+        raise ImageError(f'none of the {self.n} images can be read{why}: check the folder and the disk, then begin again')
 
     def _item(self, s):
-        if not self.seeds_items: return super().do_item(s)
-        with seeded(self.seed, self.this_epoch, int(s or 0)): return super().do_item(s)
+        try:
+            if not self.seeds_items: return super().do_item(s)
+            with seeded(self.seed, self.this_epoch, int(s or 0)): return super().do_item(s)
+        except (ImageError, StopIteration): raise
+        except Exception as e: e.add_note(f'This happened while {printable(self._name_of(s or 0))} was loaded.'); raise
+
+    def _next_good(self, i):
+        "The first item from `i` on, and then from the start, that is not flagged; `None` if all are"
+        for at,flags in ((i, self.bad[i:].numpy()), (0, self.bad[:i].numpy())):
+            if len(flags) and not flags[j := int(flags.argmin())]: return at + j
+
+    def _name_of(self, i):
+        items = getattr(self.dataset, 'items', None)
+        return _item_name(None if items is None else items[i], i)
+
+    def _places(self):
+        "Name of a file -> indices of all its repeats; an image without a file is named by the first of them"
+        if self.places is None:
+            self.places,first = defaultdict(list), {}
+            for i,o in enumerate(list(getattr(self.dataset, 'items', range(self.n)))):
+                self.places[_item_name(o, first.setdefault(id(o), i))].append(i)
+        return self.places
+
+    def _repeats(self, i):
+        at = self._places().get(self._name_of(i))
+        return at or next(o for o in self.places.values() if i in o)
 
     def _mark_bad(self, i, error):
-        "Flag all repeats of item `i`, for the workers too"
-        items = self.dataset.items
-        self.bad[[j for j, o in enumerate(items) if o is items[i]]] = True
-        warnings.warn(f'{error}. Another image takes its place.', stacklevel=2)
+        "Flag all repeats of item `i`, for the workers too; a worker leaves the telling to the main process"
+        self.bad[self._repeats(i)] = True
+        if get_worker_info() is None: self._tell(i, error)
+
+    def _tell(self, i, error, most=20):
+        "Warn about item `i` once, and about the first `most` only"
+        n = self.n_told = self.n_told + 1
+        self.told[self._repeats(i)] = True
+        if n < most: warnings.warn(f'{error}. Another image takes its place.', stacklevel=2)
+        elif n == most: warnings.warn(f'{error}. Another image takes its place; more such warnings are left out, bad_files() lists the names.', stacklevel=2)
+
+    def _tell_new(self):
+        "Warn about what workers have flagged, with the reason that this process finds"
+        if torch.equal(self.bad, self.told): return
+        for i in (self.bad & ~self.told).nonzero().flatten().tolist():
+            if self.told[i]: continue
+            try: self._item(i); error = f'{printable(self._name_of(i))} could not be read a moment ago'
+            except Exception as e: error = e
+            self._tell(i, error)
+
+    def _watched(self, batches):
+        "The same batches; tells what workers have met, and passes on an `ImageError` of theirs as they raised it"
+        try:
+            for b in batches: self._tell_new(); yield b
+        except ImageError as e: self._tell_new(); raise _as_raised(e) from None
+
+    def bad_files(self) -> list:  # of names; 'item 7' for an image without a file
+        "Images that could not be read while loading, and that others took the place of"
+        return [o for o,at in self._places().items() if self.bad[at[0]]] if self.bad.any() else []
+
+    def mark_bad(self,
+        names,  # of files, as `bad_files` gives them; others than those of the data set do not matter
+    ):
+        "Leave images out as if they had been found unreadable, without saying so again"
+        if self.on_bad == 'raise': return
+        at = [i for o in names for i in self._places().get(os.fspath(o), [])]
+        self.bad[at] = self.told[at] = True
 
     def _one_pass(self):
         with seeded(self.seed, 'set-up', device=self.device): super()._one_pass()
@@ -159,7 +236,9 @@ class SeededDL(TfmdDL):
         if issubclass(cls or SeededDL, SeededDL):
             on_bad = self.on_bad if dataset is None else 'raise'
             kwargs = dict(seed=self.seed, epoch=self.epoch, on_bad=on_bad, shard=self.shard) | kwargs
-        return super().new(dataset, cls, **kwargs)
+        res = super().new(dataset, cls, **kwargs)
+        if dataset is None and isinstance(res, SeededDL) and len(res.bad) == len(self.bad): res.bad, res.told = self.bad, self.told
+        return res
 
     def one_batch(self):
         "The first batch of the next epoch, without beginning it"
@@ -205,6 +284,11 @@ class OpenImage(Transform):
         "Memory that the decoded image takes, from its header"
         size = image_size(o, self.kwargs['max_pixels'], self.kwargs['min_side'])
         return math.prod(size) * (1 if self.kwargs['channels'] == 1 else 4)
+
+    def check(self, o):
+        "Decode a file now, and forget it; the memory that it takes"
+        self(o)
+        return self.n_bytes(o)
 
     def keep(self, o):
         "Decode a file now, so that it need not be decoded again"
@@ -294,22 +378,90 @@ def _attempt(f, o):
     try: return f(o)
     except ImageError as e: return e
 
-def _for_all(f, items, at_once=1):
+def _for_all(f, items, at_once=1, quiet=False):
     "`f` of every item in threads that take `at_once` items each, with the `ImageError` in place of a result"
-    res, quiet = [], None if len(items) > 2000 else True  # None: tqdm is quiet unless it writes to a terminal
-    with ThreadPoolExecutor(4) as pool, tqdm(total=len(items), desc='looking at images', disable=quiet) as bar:
+    res = []
+    with ThreadPoolExecutor(min(16, max(4, num_cpus()))) as pool, tqdm(total=len(items), desc='looking at images', disable=quiet or None) as bar:
         for part in pool.map(lambda part: [_attempt(f, o) for o in part], chunked(items, at_once)): res += part; bar.update(len(part))
     return res
+
+# %% ../nbs/03_data.ipynb #a869bd1a
+_SETTLED,_WORTH = 2, 1  # seconds: files that changed within the first are not remembered; looks that took less than the second neither
+
+def _memory_file(items, settings):
+    "Where to remember files of this root, opened with these settings; `None` if nothing can be remembered"
+    paths = {os.path.dirname(os.path.abspath(o)) for o in items if isinstance(o, (str, Path))}
+    if not paths: return None, ''
+    try: root = os.path.commonpath(paths); cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
+    except (ValueError, RuntimeError): return None, ''  # several drives; no home
+    key = blake2b(repr((root, sorted(settings.items()), PIL.__version__, bootmae_nb.__version__)).encode(errors='surrogatepass'), digest_size=16).hexdigest()
+    return cache/'bootmae_nb'/'looked_at'/f'{key}.json', root
+
+# %% ../nbs/03_data.ipynb #8a0af180
+def _digest(text): return blake2b(text.encode(), digest_size=16).hexdigest()
+
+def _read_memory(file):
+    try: digest, _, text = file.read_text(encoding='utf-8').partition('\n')
+    except (OSError, ValueError): return {}
+    return json.loads(text) if _digest(text) == digest else {}
+
+def _write_memory(file, rows):
+    "All or nothing, and nothing without a word where there is no place for it"
+    text,tmp = json.dumps(rows, separators=(',', ':')), None
+    with suppress(OSError):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fd,tmp = tempfile.mkstemp(prefix='.', dir=file.parent)
+            with open(fd, 'w', encoding='utf-8') as f: f.write(f'{_digest(text)}\n{text}')
+            os.replace(tmp, file)
+        except BaseException:
+            if tmp: Path(tmp).unlink(missing_ok=True)
+            raise
+
+# %% ../nbs/03_data.ipynb #afa6e112
+class _Memory:
+    "Files that were fine when they were last looked at: how much memory each takes once decoded, and whether it has been decoded"
+    def __init__(self, items, settings):
+        self.file,self.root = _memory_file(items, settings)
+        self.start,self.new = time.time(), {}
+        self.old = _read_memory(self.file) if self.file else {}
+
+    def _stamp(self, o):
+        "Key and state of a file; `None` where it is none, is not there, or has only just changed"
+        if not self.file or not isinstance(o, (str, Path)): return None
+        try: path,st = os.path.abspath(o), os.stat(o)
+        except (OSError, ValueError): return None
+        if self.start - max(st.st_mtime, st.st_ctime) < _SETTLED: return None
+        return path.removeprefix(self.root), f'{st.st_size:x} {st.st_mtime_ns:x} {st.st_ctime_ns:x}'
+
+    def recall(self, o, look, decoded=False):
+        "What `look` found about item `o` when it was last asked, or finds now; with `decoded` only what was decoded counts"
+        at = self._stamp(o)
+        row = self.old.get(at[0]) if at else None
+        if row and row[0] == at[1] and row[2] >= decoded: return row[1]
+        n = look(o)
+        if at: self.new[at[0]] = at[1], n, int(decoded)
+        return n
+
+    def keep(self):
+        "Add what was found to the file, and drop what is gone"
+        if not self.new or time.time() - self.start < _WORTH: return
+        old = {k: v for k,v in _read_memory(self.file).items() if k in self.new or os.path.exists(self.root + k)}
+        _write_memory(self.file, old | self.new)
 
 # %% ../nbs/03_data.ipynb #f90d39de
 def find_bad(
     items: list,  # paths, PIL images or arrays
     opener: OpenImage,
     cache: int = 2**29,  # decode and keep the images if they take at most this many bytes together
+    full: bool = False,  # decode every file, also where they do not all fit in `cache`
 ) -> dict:  # {index: `ImageError`}
-    "The items that cannot be opened; decoding is tried only where all images fit in `cache`"
-    found = _for_all(opener.n_bytes, items, at_once=50)
-    if sum(o for o in found if isinstance(o, int)) <= cache: found = _for_all(opener.keep, items)
+    "The items that cannot be opened; decoding is tried only where all images fit in `cache`, or with `full`"
+    memory,quiet = _Memory(items, opener.kwargs), len(items) <= 2000
+    found = _for_all(lambda o: memory.recall(o, opener.n_bytes), items, 50, quiet)
+    if sum(o for o in found if isinstance(o, int)) <= cache: found = _for_all(opener.keep, items, quiet=quiet)
+    elif full: found = _for_all(lambda o: memory.recall(o, opener.check, decoded=True), items, max(1, min(50, len(items) // 100)))
+    memory.keep()
     return {i: o for i, o in enumerate(found) if isinstance(o, ImageError)}
 
 # %% ../nbs/03_data.ipynb #d6e6fb5f
@@ -321,13 +473,13 @@ def _report(errors, n, on_bad, show=5):
     lines = ''.join(f'\n  {o}' for o in errors[:show])
     warnings.warn(f'{len(errors)} of {n} images cannot be read and are left out:{lines}{more}', stacklevel=4)
 
-def _readable(items, marks, opener, cache, on_bad):
-    "Items that can be opened, with their marks"
-    bad = find_bad(items, opener, cache)
-    if not bad: return items, marks
+def _readable(items, marks, opener, cache, on_bad, full):
+    "Items that can be opened, with their marks, and the others with their reasons"
+    bad = find_bad(items, opener, cache, full)
+    if not bad: return items, marks, {}
     _report(list(bad.values()), len(items), on_bad)
     keep = [i for i in range(len(items)) if i not in bad]
-    return [items[i] for i in keep], marks and [marks[i] for i in keep]
+    return [items[i] for i in keep], marks and [marks[i] for i in keep], {_item_name(items[i], i): str(e) for i,e in bad.items()}
 
 # %% ../nbs/03_data.ipynb #f1cb3f78
 def _key(o): return str(o) if isinstance(o, (str, Path)) else id(o)
@@ -364,14 +516,15 @@ def _height_width(img_size):
         raise ValueError(f'img_size={img_size!r} is no image size: give a positive number of pixels, or (height, width)')
     return tuple(map(int, size))
 
-def _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad):
+def _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad, scan):
     for ok, problem in (
         (bs >= 1, f'bs={bs} is no batch size: choose 1 or more'),
         (0 <= valid_pct < 1, f'valid_pct={valid_pct} is outside [0, 1): choose the share of images for validation, e.g. 0.1'),
         (crops_per_image is None or crops_per_image >= 1, f'crops_per_image={crops_per_image} is too few: choose 1 or more, or None'),
         (in_chans in (1, 3, 4), f'in_chans={in_chans} is not possible: choose 1 (grey), 3 (RGB) or 4 (RGB and opacity)'),
         (0 < min_scale <= 1, f'min_scale={min_scale} is outside (0, 1]: choose the smallest share of the area that a crop may have, e.g. 0.2'),
-        (on_bad in ('skip', 'raise'), f"on_bad={on_bad!r} is unknown: choose 'skip' or 'raise'")):
+        (on_bad in ('skip', 'raise'), f"on_bad={on_bad!r} is unknown: choose 'skip' or 'raise'"),
+        (scan in (True, False, 'full'), f"scan={scan!r} is unknown: choose True (headers), 'full' (decode every file) or False")):
         if not ok: raise ValueError(problem)
 
 # %% ../nbs/03_data.ipynb #d641678c
@@ -407,20 +560,40 @@ def mim_dls(
     fn_col: int | str = 0,  # DataFrame: column of file names
     valid_col: int | str | None = None,  # DataFrame: column that is True for validation; None: drawn by `valid_pct`
     pref=None,  # folder that the file names of a list or a DataFrame are relative to
-    scan: bool = True,  # look at all files before training
+    scan: bool | str = True,  # look at all files before training: at their headers, and into them where all fit in `cache`; 'full': into each, in any case
     cache: int = 2**29,  # keep images decoded if all of them take at most this many bytes; needs `scan`
     max_pixels: int = MAX_PIXELS,  # refuse larger images
-) -> DataLoaders:  # batches `(images,)`, images (B, in_chans, H, W) in 0..1, not normalised
+) -> DataLoaders:  # batches `(images,)`, images (B, in_chans, H, W) in 0..1, not normalised; `left_out`: file -> why it is not used
     "`DataLoaders` for pretraining: random crops for training, centre crops for validation"
     size = _height_width(img_size)
-    _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad)
+    _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad, scan)
     items, marks = _collect(source, fn_col, valid_col, pref, in_chans)
     opener = OpenImage(in_chans, decode_side(size, min_scale), max_pixels)
-    if scan: items, marks = _readable(items, marks, opener, cache, on_bad)
+    items, marks, left_out = _readable(items, marks, opener, cache, on_bad, scan == 'full') if scan else (items, marks, {})
     train, valid = _check_split(*_split(items, marks, valid_pct, seed), valid_col if marks else None, valid_pct, bs)
     train = train * (crops_per_image or max(1, round(512 / len(train))))
     ds = Datasets(items, [[opener]], splits=[train, valid], do_setup=False, types=[object])
     tfms = [CropImage(size, min_scale), *([FlipCrop(p=0.5)] if flip else []), ToTensor()]
     kwargs = dict(bs=bs, num_workers=num_workers, seed=seed, on_bad=on_bad, after_item=tfms, after_batch=[IntToFloatTensor()])
     loaders = [_loader(ds.subset(i), shuffle=i == 0, **kwargs) for i in (0, 1)]
-    return DataLoaders(*loaders, path=_home(source, pref), device=device or default_device())
+    dls = DataLoaders(*loaders, path=_home(source, pref), device=device or default_device())
+    dls.left_out = left_out
+    return dls
+
+# %% ../nbs/03_data.ipynb #113d1375
+def check_images(
+    source=None,  # folder, list or DataFrame, as for `mim_dls`
+    only_bad: bool = False,  # only the refused ones
+    full: bool = True,  # decode every file; False: headers only, which is quicker and misses damage further on
+    in_chans: int = 3,  # channels, as for `mim_dls`
+    max_pixels: int = MAX_PIXELS,  # refuse larger images
+    fn_col: int | str = 0,  # DataFrame: column of file names
+    pref=None,  # folder that the file names of a list or a DataFrame are relative to
+) -> pd.DataFrame:  # columns file, verdict ('accepted' or 'refused') and reason; the index is the place in the source
+    "Which images can be used for pretraining, the others first"
+    items,_ = _collect(source, fn_col, None, pref, in_chans)
+    bad = find_bad(items, OpenImage(in_chans, max_pixels=max_pixels), cache=0, full=full)
+    names = [printable(_item_name(o, i)) for i,o in enumerate(items)]
+    rows = [(o, 'refused', str(bad[i]).removeprefix(o).strip()) if i in bad else (o, 'accepted', '') for i,o in enumerate(names)]
+    table = pd.DataFrame(rows, columns=['file', 'verdict', 'reason']).sort_values('verdict', ascending=False, kind='stable')
+    return table[table.verdict == 'refused'] if only_bad else table

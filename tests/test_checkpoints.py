@@ -217,6 +217,16 @@ def test_a_changed_configuration_is_noticed(tmp_path):
     with pytest.raises(CheckpointError, match='m.safetensors is damaged: its configuration'): load_model(file)
 
 
+@pytest.mark.parametrize('key', ['digest', 'config_digest'])
+def test_a_digest_does_not_get_lost(key, tmp_path):
+    "One flipped bit in the name of the digest must not let another one through"
+    file = save_model(made('mae'), tmp_path/'m')
+    data = bytearray(file.read_bytes()); data[data.index(f'"{key}"'.encode()) + 1] ^= 1; data[-100] ^= 1
+    file.write_bytes(data)
+    for load in load_model, read_file, lambda f: load_weights(made('mae'), f):
+        with pytest.raises(CheckpointError, match='m.safetensors is damaged'): load(file)
+
+
 def test_what_the_authors_layouts_cannot_hold_is_refused():
     both = dict(targets=('pixels', 'features'), pixel_width=32)
     for model in (made('dbot', **both), made('mae', **both, teacher='momentum')):
