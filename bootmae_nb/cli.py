@@ -142,7 +142,8 @@ def _train(a):
     ema,size,epochs = _ema(a.ema or ('paper' if a.recipe else 'run')), _size(a.img_size or '224'), r.epochs if a.epochs is None else a.epochs
     if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
     dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip,
-                  valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, num_workers=pick_workers(s.workers if a.workers is None else a.workers))
+                  valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, leave_out=_read_run(out)['left_out'] if a.resume else None,
+                  num_workers=pick_workers(s.workers if a.workers is None else a.workers))
     given = dict(mask_ratio=a.mask_ratio, teacher=a.teacher, patch_size=a.patch_size, mask=a.mask) | (dict(ema=ema) if ema is not None else {})
     ablations = _assignments(a.set) | {k: v for k,v in given.items() if v is not None}
     learn = recipe_learner(dls, r, precision=precision, weights=None if a.resume else a.weights, log_pictures=out/'reconstructions', path=out, **ablations)
@@ -163,7 +164,7 @@ def _begin(learn, a, picked):
     with learn.no_bar(): first = [*learn.validate()]
     arguments = {k: _plain(v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')}
     run = dict(arguments=arguments | {k: picked[k] for k in ('precision', 'seed')}, first=first, device=picked['device'],
-               started=datetime.now().isoformat(timespec='seconds'))
+               left_out=[os.path.relpath(o, learn.dls.path) for o in learn.dls.left_out], started=datetime.now().isoformat(timespec='seconds'))
     write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
     return run
 

@@ -478,8 +478,17 @@ def _readable(items, marks, opener, cache, on_bad, full):
     bad = find_bad(items, opener, cache, full)
     if not bad: return items, marks, {}
     _report(list(bad.values()), len(items), on_bad)
-    keep = [i for i in range(len(items)) if i not in bad]
-    return [items[i] for i in keep], marks and [marks[i] for i in keep], {_item_name(items[i], i): str(e) for i,e in bad.items()}
+    return *_without(items, marks, bad), {_item_name(items[i], i): str(e) for i,e in bad.items()}
+
+def _without(items, marks, gone):
+    "Items and their marks, but for some indices"
+    keep = [i for i in range(len(items)) if i not in gone]
+    return [items[i] for i in keep], marks and [marks[i] for i in keep]
+
+def _without_named(items, marks, names, home):
+    "Items and their marks, but for the files of these names, absolute or from `home`"
+    gone = {os.path.abspath(os.path.join(home, o)) for o in names}
+    return _without(items, marks, {i for i,o in enumerate(items) if isinstance(o, (str, Path)) and os.path.abspath(o) in gone})
 
 # %% ../nbs/03_data.ipynb #f1cb3f78
 def _key(o): return str(o) if isinstance(o, (str, Path)) else id(o)
@@ -563,13 +572,16 @@ def mim_dls(
     scan: bool | str = True,  # look at all files before training: at their headers, and into them where all fit in `cache`; 'full': into each, in any case
     cache: int = 2**29,  # keep images decoded if all of them take at most this many bytes; needs `scan`
     max_pixels: int = MAX_PIXELS,  # refuse larger images
+    leave_out=None,  # files to leave out, these alone: others that cannot be read keep their places, which other images take. For going on with a run
 ) -> DataLoaders:  # batches `(images,)`, images (B, in_chans, H, W) in 0..1, not normalised; `left_out`: file -> why it is not used
     "`DataLoaders` for pretraining: random crops for training, centre crops for validation"
     size = _height_width(img_size)
     _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad, scan)
     items, marks = _collect(source, fn_col, valid_col, pref, in_chans)
     opener = OpenImage(in_chans, decode_side(size, min_scale), max_pixels)
-    items, marks, left_out = _readable(items, marks, opener, cache, on_bad, scan == 'full') if scan else (items, marks, {})
+    if leave_out is not None: items, marks = _without_named(items, marks, leave_out, _home(source, pref))
+    good, good_marks, left_out = _readable(items, marks, opener, cache, on_bad, scan == 'full') if scan else (items, marks, {})
+    if leave_out is None: items, marks = good, good_marks
     train, valid = _check_split(*_split(items, marks, valid_pct, seed), valid_col if marks else None, valid_pct, bs)
     train = train * (crops_per_image or max(1, round(512 / len(train))))
     ds = Datasets(items, [[opener]], splits=[train, valid], do_setup=False, types=[object])
@@ -577,7 +589,9 @@ def mim_dls(
     kwargs = dict(bs=bs, num_workers=num_workers, seed=seed, on_bad=on_bad, after_item=tfms, after_batch=[IntToFloatTensor()])
     loaders = [_loader(ds.subset(i), shuffle=i == 0, **kwargs) for i in (0, 1)]
     dls = DataLoaders(*loaders, path=_home(source, pref), device=device or default_device())
-    dls.left_out = left_out
+    if leave_out is not None:
+        for dl in loaders: dl.mark_bad(left_out)
+    dls.left_out = left_out if leave_out is None else left_out | dict.fromkeys(map(str, leave_out), 'as asked for')
     return dls
 
 # %% ../nbs/03_data.ipynb #113d1375

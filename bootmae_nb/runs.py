@@ -404,8 +404,7 @@ class RunState(Callback):
         for name,(_,put) in _parts.items(): put(self.learn, state[name])
         self.top = state['top']
         self.mine = state['ranks'][rank_distrib()] if rank_distrib() < len(state['ranks']) else {}
-        for dl,bad in zip(self.dls.loaders, self.mine.get('bad', [])):
-            if len(dl.bad) and len(bad): dl.bad[bad] = True
+        for dl,bad in zip(self.dls.loaders, self.mine.get('bad', [])): dl.mark_bad([*bad, *(os.path.join(self.dls.path, o) for o in bad)])
         self._restore_place(state['place'])
 
     def _restore_place(self, place):
@@ -479,7 +478,7 @@ class RunState(Callback):
         must:bool=False, # Raise if it cannot be written
     ) -> Path|None: # The file; `None` if it could not be written
         "Save the state as it is now; a failure is told and does not end the run"
-        own = dict(generators=self.outside or _generators(), metrics=self.figures or _metrics_state(self.learn), bad=[dl.bad.nonzero()[:, 0] for dl in self.dls.loaders])
+        own = dict(generators=self.outside or _generators(), metrics=self.figures or _metrics_state(self.learn), bad=[[self._from_home(o) for o in dl.bad_files()] for dl in self.dls.loaders])
         ranks = _gather(own)
         self.last_step,self.last_time = self.train_iter, time.monotonic()
         if rank_distrib(): return None
@@ -490,6 +489,10 @@ class RunState(Callback):
             return None
         self.saved_position = (*self.position, self.finished)
         return self.saved
+
+    def _from_home(self, name):
+        "A file's name from the folder of the images, which may move"
+        return os.path.relpath(name, os.path.abspath(self.dls.path)) if os.path.isabs(name) else name
 
     def _write(self, ranks):
         learn,model = self.learn, get_model(self.model)

@@ -289,6 +289,19 @@ def test_a_recipe_with_stages_goes_on(folder, tmp_path):
     assert same_weights(tmp_path/'run', tmp_path/'whole') and (tmp_path/'run'/'stages'/'stage_2.safetensors').exists()
 
 
+def test_a_file_that_went_bad_in_the_meantime_keeps_its_place(folder, tmp_path):
+    "Another takes it, and the run goes on with the same list of images; what was left out at first stays out"
+    import shutil
+    images = tmp_path/'images'; shutil.copytree(folder, images)
+    p = started(images, *small, '--epochs', 3, '--crops', 4, '--out', tmp_path/'run', '--state-steps', 1, until=tmp_path/'run'/'reconstructions'/'epoch_0001.png')
+    p.kill(); p.communicate(timeout=60)
+    spoilt = sorted(images.rglob('*.jpg'))[2]
+    spoilt.write_bytes(spoilt.read_bytes()[:700])
+    done = run('bootmae-train', '--resume', tmp_path/'run')
+    assert done.returncode == 0 and spoilt.name in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert json.loads((tmp_path/'run'/'run.json').read_text())['left_out'] == ['broken.png']
+
+
 def test_what_cannot_be_gone_on_with(tmp_path):
     done = run('bootmae-train', '--resume', tmp_path)
     assert done.returncode == 2 and 'holds no run of bootmae-train' in done.stderr and 'Traceback' not in done.stderr
