@@ -87,12 +87,18 @@ class MimBatch(Callback):
         n = (self.masker or model.method.masker).n_hidden(model.grid)
         self.learn.xb = (x, mask, n)
         targets = self.learn.loss_func.targets = mim_targets(model, x, mask, n)
-        if self.training and 'features' in targets: update_feature_mean(model.feature_mean, model.feature_count, targets['features'][0][:, -n:], mask)
+        if self.training and 'features' in targets:
+            update_feature_mean(model.feature_mean, model.feature_count, targets['features'][0][:, -n:], mask, add_up=None if model is self.model else _add_up)
 
     def after_pred(self): self.learn.pred = tuple(self.pred.values())
     def after_backward(self): zero_key_bias_grads(get_model(self.model))
     def after_fit(self): self.learn.loss_func.clear()
     def after_validate(self): self.learn.loss_func.targets = None
+
+def _add_up(x):
+    "The sum of a tensor over all processes"
+    torch.distributed.all_reduce(x)
+    return x
 
 # %% ../nbs/12_callbacks.ipynb #871e1eb3
 class MomentumTeacher(Callback):
@@ -150,10 +156,6 @@ class StagedTeacher(Callback):
             raise ValueError(f"stages need a teacher that does not move, but this {model.method.name} model has teacher={model.method.teacher!r}: "
                              "set teacher='frozen', or method='dbot'")
         for i in model.method.feature_blocks: model.encoder.block_index(i)
-        dim = model.encoder.dim*model.method.n_parts
-        if len(self.ends) > 1 and model is not self.model and model.decoders['features'].head.out_features != dim:
-            raise ValueError("the feature head changes its width at the second stage, which several processes cannot follow: "
-                             "train the stages as separate runs, the second with teacher=FILE")
 
     def before_epoch(self):
         self.stage = sum(self.epoch >= e for e in self.ends[:-1])                      # from 0
@@ -168,6 +170,7 @@ class StagedTeacher(Callback):
         self.learn.loss_func.method = model.method
         if resized: self.learn.create_opt()
         else: self.opt.clear_state()
+        if resized and model is not self.model: self.learn.mim_distributed.wrap()
         for k in old[0]: self.opt.set_hyper(k, L(o[k] for o in old))
 
     def _set_pct(self, done):

@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, rank_distrib
+from fastai.torch_core import get_model, num_distrib, rank_distrib, to_detach
 from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -36,9 +36,9 @@ def decay_groups(
     model:MaskedAutoencoder, # The model
 ) -> list: # Two lists of parameters: decayed, and not
     "Trainable parameters with and without weight decay"
-    exempt = {'cls_token', 'reg_token', 'pos_embed'} if model.method.init == 'bootmae' else {'pos_embed'}
+    exempt = {'cls_token', 'reg_token', 'pos_embed'} if get_model(model).method.init == 'bootmae' else {'pos_embed'}
     groups = [], []
-    for n,p in model.named_parameters():
+    for n,p in get_model(model).named_parameters():
         if p.requires_grad: groups[p.ndim < 2 or n.rpartition('.')[2] in exempt].append(p)
     return list(groups)
 
@@ -53,10 +53,12 @@ class DecayGroups(Callback):
 # %% ../nbs/13_learner.ipynb #81a8a189
 class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
-    first_epoch = 0
+    first_epoch,n_processes = 0, 1
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "As fastai's, but epochs before `start_epoch` do not take place at all"
+        if self.n_processes == 1 < num_distrib():
+            raise RuntimeError(f"this is one of {num_distrib()} processes, and each would train a model of its own: fit within `with learn.distrib_ctx():`")
         self.first_epoch = start_epoch
         with self._tidy_on_error(): super().fit(n_epoch, lr, wd, cbs, reset_opt)
 
@@ -69,6 +71,13 @@ class MimLearner(Learner):
             if not isinstance(e, CancelFitException):
                 for cb in self._grab_cbs(LRFinder): cb.after_fit()              # back to the weights before the search
             raise
+
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, False)       # processes add up their metrics at the end of a pass
+
+    def distrib_ctx(self, **kwargs):
+        "Train together with other processes"
+        from bootmae_nb import distributed                  # which puts its own in the place of this
+        return distributed.MimLearner.distrib_ctx(self, **kwargs)
 
     def all_batches(self):
         self.n_iter = len(self.dl)
@@ -87,10 +96,11 @@ class MimLearner(Learner):
     def _tidy_on_error(self):
         "After an exception: what a fit wraps, switches and holds is as it was before"
         model,logger,loaders = self.model, self.logger, list(self.dls.loaders)
+        shards = [getattr(dl, 'shard', None) for dl in loaders]
         try: yield
         except BaseException:
             self.model,self.logger,self.dls.loaders[:] = model, logger, loaders
-            for dl in loaders: dl.skip = 0
+            for dl,shard in zip(loaders, shards): dl.skip,dl.shard = 0, shard
             for cb in self.cbs: cb.run = True
             if self.opt is not None: self.opt.zero_grad()
             if hasattr(self, 'stage_epochs'): del self.stage_epochs
@@ -265,14 +275,14 @@ def fit_paper(self:MimLearner,
     base_lr:float=1.5e-4, # Learning rate for a batch of 256
     warmup:float=.05, # Share of the run with a rising learning rate
     floor:float=1/24, # Last learning rate as a share of the highest
-    bs:int|None=None, # Images per optimiser step, for gradient accumulation or several processes; `None` = the loader's batch
+    bs:int|None=None, # Images per optimiser step of all processes, for gradient accumulation; `None` = the loader's batch times the processes
     wd:float|None=None, # Weight decay; `None` = the learner's
     cbs=None, # Further callbacks
     start_epoch:int=0, # Epoch to start from
 ):
     "Train with the papers' schedule: linear warm-up, cosine to a floor, learning rate scaled by batch / 256"
     if not 0 <= warmup < 1: raise ValueError(f"warmup {warmup} is outside [0, 1): give the share of the run, e.g. 0.05")
-    lr = base_lr*(bs or self.dls.train.bs)/256
+    lr = base_lr*(bs or self.dls.train.bs*self.n_processes)/256
     sched = SchedCos(lr, lr*floor) if not warmup else combine_scheds([warmup, 1 - warmup], [SchedLin(0., lr), SchedCos(lr, lr*floor)])
     self.fit(n_epoch, lr, wd, cbs=L(cbs) + ParamScheduler({'lr': sched}), start_epoch=start_epoch)
 
@@ -291,7 +301,7 @@ def fit_stages(self:MimLearner,
     "Train in dBOT's stages: each starts a new student, taught by the encoder of the one before"
     if schedule not in ('one_cycle', 'paper'): raise ValueError(f"schedule {schedule!r} is unknown: choose one_cycle or paper")
     if not isinstance(stages, int): raise ValueError(f"stages={stages!r} is no number: for stages of unequal length use fit_one_cycle(…, cbs=StagedTeacher([…]))")
-    if lr is not None: kw['lr_max' if schedule == 'one_cycle' else 'base_lr'] = lr if schedule == 'one_cycle' else lr*256/(kw.get('bs') or self.dls.train.bs)
+    if lr is not None: kw['lr_max' if schedule == 'one_cycle' else 'base_lr'] = lr if schedule == 'one_cycle' else lr*256/(kw.get('bs') or self.dls.train.bs*self.n_processes)
     staged = StagedTeacher(stages, folder, probe)
     (self.fit_one_cycle if schedule == 'one_cycle' else self.fit_paper)(n_epoch*stages, cbs=L(cbs) + staged, **kw)
     return staged.log
