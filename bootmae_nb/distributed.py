@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from unittest.mock import patch as replaced
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from fastai.callback.core import CancelBatchException, Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -108,7 +108,7 @@ class MimDistributed(DistributedTrainer):
         every = [None]*dist.get_world_size()
         dist.all_gather_object(every, mine)
         if any(o != every[0] for o in every):
-            raise ValueError(f"the processes do not share one run; seed, epoch, batch size and images of their loaders, and the first epoch, are {every}: make them equal")
+            raise ValueError(f"the processes do not share one run: seed, epoch, batch size and images of each loader, and the first epoch, are {every}. Make them equal")
 
     def wrap(self):
         "Wrap the model, anew if it is wrapped already, as after a change of its parameters"

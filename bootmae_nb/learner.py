@@ -301,7 +301,8 @@ def fit_stages(self:MimLearner,
     "Train in dBOT's stages: each starts a new student, taught by the encoder of the one before"
     if schedule not in ('one_cycle', 'paper'): raise ValueError(f"schedule {schedule!r} is unknown: choose one_cycle or paper")
     if not isinstance(stages, int): raise ValueError(f"stages={stages!r} is no number: for stages of unequal length use fit_one_cycle(…, cbs=StagedTeacher([…]))")
-    if lr is not None: kw['lr_max' if schedule == 'one_cycle' else 'base_lr'] = lr if schedule == 'one_cycle' else lr*256/(kw.get('bs') or self.dls.train.bs*self.n_processes)
+    per_step = kw.get('bs') or self.dls.train.bs*self.n_processes
+    if lr is not None: kw['lr_max' if schedule == 'one_cycle' else 'base_lr'] = lr if schedule == 'one_cycle' else lr*256/per_step
     staged = StagedTeacher(stages, folder, probe)
     (self.fit_one_cycle if schedule == 'one_cycle' else self.fit_paper)(n_epoch*stages, cbs=L(cbs) + staged, **kw)
     return staged.log
