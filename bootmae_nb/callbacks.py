@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.transforms import ItemTransform
 from fastai.learner import Metric
-from fastai.torch_core import get_model, rank_distrib
+from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.foundation import L
 from fastcore.imports import in_notebook
 from IPython.display import display
@@ -80,6 +80,8 @@ class MimBatch(Callback):
     def before_fit(self): self.first = getattr(self.dls.train, 'epoch', 0) + 1
     def before_train(self):
         "A fit that starts in the middle (`start_epoch`) reads what the whole fit would have read there"
+        if num_distrib() > 1 and get_model(self.model) is self.model:
+            raise RuntimeError(f"this is one of {num_distrib()} processes, and each would train a model of its own: fit within `with learn.distrib_ctx():`")
         if isinstance(self.dls.train, SeededDL): self.dls.train.epoch = self.first + self.epoch - 1
 
     def before_batch(self):

@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, num_distrib, rank_distrib, to_detach
+from fastai.torch_core import get_model, rank_distrib, to_detach
 from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -53,12 +53,10 @@ class DecayGroups(Callback):
 # %% ../nbs/13_learner.ipynb #81a8a189
 class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
-    first_epoch,n_processes = 0, 1
+    first_epoch = 0
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "As fastai's, but epochs before `start_epoch` do not take place at all"
-        if self.n_processes == 1 < num_distrib():
-            raise RuntimeError(f"this is one of {num_distrib()} processes, and each would train a model of its own: fit within `with learn.distrib_ctx():`")
         self.first_epoch = start_epoch
         with self._tidy_on_error(): super().fit(n_epoch, lr, wd, cbs, reset_opt)
 
@@ -71,13 +69,6 @@ class MimLearner(Learner):
             if not isinstance(e, CancelFitException):
                 for cb in self._grab_cbs(LRFinder): cb.after_fit()              # back to the weights before the search
             raise
-
-    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, False)       # processes add up their metrics at the end of a pass
-
-    def distrib_ctx(self, **kwargs):
-        "Train together with other processes"
-        from bootmae_nb import distributed                  # which puts its own in the place of this
-        return distributed.MimLearner.distrib_ctx(self, **kwargs)
 
     def all_batches(self):
         self.n_iter = len(self.dl)
@@ -96,17 +87,25 @@ class MimLearner(Learner):
     def _tidy_on_error(self):
         "After an exception: what a fit wraps, switches and holds is as it was before"
         model,logger,loaders = self.model, self.logger, list(self.dls.loaders)
-        shards = [getattr(dl, 'shard', None) for dl in loaders]
         try: yield
         except BaseException:
             self.model,self.logger,self.dls.loaders[:] = model, logger, loaders
-            for dl,shard in zip(loaders, shards): dl.skip,dl.shard = 0, shard
+            for dl in loaders: dl.skip = 0
             for cb in self.cbs: cb.run = True
             if self.opt is not None: self.opt.zero_grad()
             if hasattr(self, 'stage_epochs'): del self.stage_epochs
             if hasattr(self.loss_func, 'clear'): self.loss_func.clear()
             self._end_cleanup()
             raise
+
+    n_processes = 1                                         # more within `distrib_ctx`
+
+    def distrib_ctx(self, **kwargs):
+        "Train together with other processes"
+        from bootmae_nb import distributed                  # which puts its own in the place of this
+        return distributed.MimLearner.distrib_ctx(self, **kwargs)
+
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, False)       # processes add up their metrics at the end of a pass
 
     def to_bf16(self):
         "Mixed precision in bf16, on a GPU or a CPU"
