@@ -198,7 +198,7 @@ def to_distributed(self:MimLearner,
     "Let fits of this learner share their steps with the other processes"
     device = local_device(self.dls.device)
     trainer = MimDistributed(**dict(cpu=device.type == 'cpu') | kwargs)
-    if device != torch.device(self.dls.device): _move(self, device)
+    if device.type == 'cuda': _move(self, device)
     self.add_cbs([trainer, StopTogether().listen()])
     self.n_processes,self.had_progress = trainer.accelerator.num_processes, hasattr(self, 'progress')
     if rank_distrib(): self.remove_cb(ProgressCallback)
