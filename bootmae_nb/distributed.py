@@ -102,7 +102,7 @@ class MimDistributed(DistributedTrainer):
         if hasattr(self.learn, 'lr_finder'): raise RuntimeError("lr_find searches in one process: call it in a script that was started without torchrun or accelerate")
         self._check_loaders()
         seeded = [dl for dl in self.dls.loaders if isinstance(dl, SeededDL)]
-        self.before = self.model, self.learn.logger, [(dl, dl.shard) for dl in seeded]
+        self.before = self.model, [(dl, dl.shard) for dl in seeded]
         for dl in seeded: dl.shard = self.accelerator.process_index, self.accelerator.num_processes
         if rank_distrib(): self.learn.logger = noop
         self.wrap()
@@ -122,7 +122,7 @@ class MimDistributed(DistributedTrainer):
     def unwrap(self):
         "Everything as it was before the fit"
         if self.before is None: return
-        self.learn.model,self.learn.logger,shards = self.before
+        self.learn.model,shards = self.before
         for dl,shard in shards: dl.shard = shard
         self.before = None
         self.accelerator.free_memory()
@@ -200,8 +200,8 @@ def to_distributed(self:MimLearner,
     trainer = MimDistributed(**dict(cpu=device.type == 'cpu') | kwargs)
     if device.type == 'cuda': _move(self, device)
     self.add_cbs([trainer, StopTogether().listen()])
-    self.n_processes,self.had_progress = trainer.accelerator.num_processes, hasattr(self, 'progress')
-    if rank_distrib(): self.remove_cb(ProgressCallback)
+    self.n_processes,self.outside = trainer.accelerator.num_processes, (self.logger, hasattr(self, 'progress'))
+    if rank_distrib(): self.logger = noop; self.remove_cb(ProgressCallback)
     return self
 
 def _move(learn, device):
@@ -217,8 +217,9 @@ def detach_distributed(self:MimLearner) -> MimLearner: # The same learner
     self.mim_distributed.unwrap(); self.stop_together.ignore()
     self.remove_cbs([MimDistributed, StopTogether])
     AcceleratorState._reset_state(reset_partial_state=True)               # another learner may be on another device
-    if self.had_progress and not hasattr(self, 'progress'): self.add_cb(ProgressCallback())
-    del self.n_processes, self.had_progress
+    self.logger,had_bar = self.outside
+    if had_bar and not hasattr(self, 'progress'): self.add_cb(ProgressCallback())
+    del self.n_processes, self.outside
     return self
 
 # %% ../nbs/13a_distributed.ipynb #2a0e2715
@@ -238,7 +239,7 @@ def distrib_ctx(self:MimLearner,
 @patch
 def __getstate__(self:MimLearner):
     ours = MimDistributed, StopTogether
-    left_out = {'n_processes', 'had_progress', *(cb.name for cb in self.cbs if isinstance(cb, ours))}
+    left_out = {'n_processes', 'outside', *(cb.name for cb in self.cbs if isinstance(cb, ours))}
     return {k: v for k,v in Learner.__getstate__(self).items() if k not in left_out} | dict(cbs=L(cb for cb in self.cbs if not isinstance(cb, ours)))
 
 # %% ../nbs/13a_distributed.ipynb #5b8ff490

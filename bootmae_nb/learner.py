@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, rank_distrib, to_detach
+from fastai.torch_core import distrib_barrier, get_model, rank_distrib, to_detach
 from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -316,6 +316,7 @@ def load(self:MimLearner,
     **kwargs # As for fastai's `load`, except that code in the file is never run
 ) -> MimLearner: # The same learner
     "Load what `save` wrote, after checking that it is whole and fits"
+    distrib_barrier()                                       # the process that writes may not have finished
     path,model = join_path_file(file, self.path/self.model_dir, ext='.pth'), get_model(self.model)
     state = read_file(path, allow=[L, type(np.dtype('float64')), np.dtype, type(np.dtype('int64')), np.float64(0).__reduce__()[0]])
     state = state['model'] if set(state) == {'model', 'opt'} else state
