@@ -272,11 +272,11 @@ def _check_number(nproc, device):
 def _own_signals():
     "The agent's signal handlers and warnings inside, ours again after it"
     names = [getattr(signal, s) for s in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT') if hasattr(signal, s)]
-    kept,log = [signal.getsignal(s) for s in names], logging.getLogger('torch.distributed.elastic')
-    level = log.level; log.setLevel(logging.CRITICAL)
+    kept,level = [signal.getsignal(s) for s in names], logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try: yield
     finally:
-        log.setLevel(level)
+        logging.disable(level)
         for s,h in zip(names, kept): signal.signal(s, h or signal.SIG_DFL)
 
 def _tell(error, nproc):
