@@ -390,8 +390,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'bootmae_nb.distributed._tell': ('distributed.html#_tell', 'bootmae_nb/distributed.py'),
                                         'bootmae_nb.distributed._threads': ('distributed.html#_threads', 'bootmae_nb/distributed.py'),
                                         'bootmae_nb.distributed.any_process': ('distributed.html#any_process', 'bootmae_nb/distributed.py'),
-                                        'bootmae_nb.distributed.console_command': ( 'distributed.html#console_command',
-                                                                                    'bootmae_nb/distributed.py'),
                                         'bootmae_nb.distributed.from_rank0': ('distributed.html#from_rank0', 'bootmae_nb/distributed.py'),
                                         'bootmae_nb.distributed.join': ('distributed.html#join', 'bootmae_nb/distributed.py'),
                                         'bootmae_nb.distributed.launch': ('distributed.html#launch', 'bootmae_nb/distributed.py'),
