@@ -20,6 +20,7 @@ from .hub import *
 from .viz import *
 from .callbacks import *
 from .learner import *
+from .distributed import *
 from .recipes import *
 from .evaluate import *
 from .explore import *

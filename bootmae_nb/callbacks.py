@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.transforms import ItemTransform
 from fastai.learner import Metric
-from fastai.torch_core import get_model, rank_distrib
+from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.foundation import L
 from fastcore.imports import in_notebook
 from IPython.display import display
@@ -80,6 +80,8 @@ class MimBatch(Callback):
     def before_fit(self): self.first = getattr(self.dls.train, 'epoch', 0) + 1
     def before_train(self):
         "A fit that starts in the middle (`start_epoch`) reads what the whole fit would have read there"
+        if num_distrib() > 1 and get_model(self.model) is self.model:
+            raise RuntimeError(f"this is one of {num_distrib()} processes, and each would train a model of its own: fit within `with learn.distrib_ctx():`")
         if isinstance(self.dls.train, SeededDL): self.dls.train.epoch = self.first + self.epoch - 1
 
     def before_batch(self):
@@ -87,13 +89,19 @@ class MimBatch(Callback):
         n = (self.masker or model.method.masker).n_hidden(model.grid)
         self.learn.xb = (x, mask, n)
         targets = self.learn.loss_func.targets = mim_targets(model, x, mask, n)
-        if self.training and 'features' in targets: update_feature_mean(model.feature_mean, model.feature_count, targets['features'][0][:, -n:], mask)
+        if self.training and 'features' in targets:
+            update_feature_mean(model.feature_mean, model.feature_count, targets['features'][0][:, -n:], mask, add_up=None if model is self.model else _add_up)
 
     def after_pred(self): self.learn.pred = tuple(self.pred.values())
     def after_backward(self): zero_key_bias_grads(get_model(self.model))
     def after_fit(self): self.learn.loss_func.clear()
     after_error = after_fit
     def after_validate(self): self.learn.loss_func.targets = None
+
+def _add_up(x):
+    "The sum of a tensor over all processes"
+    torch.distributed.all_reduce(x)
+    return x
 
 # %% ../nbs/12_callbacks.ipynb #871e1eb3
 class MomentumTeacher(Callback):
@@ -151,10 +159,6 @@ class StagedTeacher(Callback):
             raise ValueError(f"stages need a teacher that does not move, but this {model.method.name} model has teacher={model.method.teacher!r}: "
                              "set teacher='frozen', or method='dbot'")
         for i in model.method.feature_blocks: model.encoder.block_index(i)
-        dim = model.encoder.dim*model.method.n_parts
-        if len(self.ends) > 1 and model is not self.model and model.decoders['features'].head.out_features != dim:
-            raise ValueError("the feature head changes its width at the second stage, which several processes cannot follow: "
-                             "train the stages as separate runs, the second with teacher=FILE")
 
     def before_epoch(self):
         self.stage = sum(self.epoch >= e for e in self.ends[:-1])                      # from 0
@@ -173,6 +177,7 @@ class StagedTeacher(Callback):
         self.learn.loss_func.method = model.method
         if resized: self.learn.create_opt()
         else: self.opt.clear_state()
+        if resized and model is not self.model: self.learn.mim_distributed.wrap()
         for k in old[0]: self.opt.set_hyper(k, L(o[k] for o in old))
 
     def _set_pct(self, done):

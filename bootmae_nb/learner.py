@@ -20,7 +20,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, rank_distrib
+from fastai.torch_core import distrib_barrier, get_model, rank_distrib, to_detach
 from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -37,9 +37,9 @@ def decay_groups(
     model:MaskedAutoencoder, # The model
 ) -> list: # Two lists of parameters: decayed, and not
     "Trainable parameters with and without weight decay"
-    exempt = {'cls_token', 'reg_token', 'pos_embed'} if model.method.init == 'bootmae' else {'pos_embed'}
+    exempt = {'cls_token', 'reg_token', 'pos_embed'} if get_model(model).method.init == 'bootmae' else {'pos_embed'}
     groups = [], []
-    for n,p in model.named_parameters():
+    for n,p in get_model(model).named_parameters():
         if p.requires_grad: groups[p.ndim < 2 or n.rpartition('.')[2] in exempt].append(p)
     return list(groups)
 
@@ -95,6 +95,15 @@ class MimLearner(Learner):
             if self.opt is not None: self.opt.zero_grad()
             self._end_cleanup()
             raise
+
+    n_processes = 1                                         # more within `distrib_ctx`
+
+    def distrib_ctx(self, **kwargs):
+        "Train together with other processes"
+        from bootmae_nb import distributed                  # which puts its own in the place of this
+        return distributed.MimLearner.distrib_ctx(self, **kwargs)
+
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, False)       # processes add up their metrics at the end of a pass
 
     def to_bf16(self):
         "Mixed precision in bf16, on a GPU or a CPU"
@@ -278,14 +287,14 @@ def fit_paper(self:MimLearner,
     base_lr:float=1.5e-4, # Learning rate for a batch of 256
     warmup:float=.05, # Share of the run with a rising learning rate
     floor:float=1/24, # Last learning rate as a share of the highest
-    bs:int|None=None, # Images per optimiser step, for gradient accumulation or several processes; `None` = the loader's batch
+    bs:int|None=None, # Images per optimiser step of all processes, for gradient accumulation; `None` = the loader's batch times the processes
     wd:float|None=None, # Weight decay; `None` = the learner's
     cbs=None, # Further callbacks
     start_epoch:int=0, # Epoch to start from
 ):
     "Train with the papers' schedule: linear warm-up, cosine to a floor, learning rate scaled by batch / 256"
     if not 0 <= warmup < 1: raise ValueError(f"warmup {warmup} is outside [0, 1): give the share of the run, e.g. 0.05")
-    lr = base_lr*(bs or self.dls.train.bs)/256
+    lr = base_lr*(bs or self.dls.train.bs*self.n_processes)/256
     sched = SchedCos(lr, lr*floor) if not warmup else combine_scheds([warmup, 1 - warmup], [SchedLin(0., lr), SchedCos(lr, lr*floor)])
     self.fit(n_epoch, lr, wd, cbs=L(cbs) + ParamScheduler({'lr': sched}), start_epoch=start_epoch)
 
@@ -305,7 +314,8 @@ def fit_stages(self:MimLearner,
     "Train in dBOT's stages: each starts a new student, taught by the encoder of the one before"
     if schedule not in ('one_cycle', 'paper'): raise ValueError(f"schedule {schedule!r} is unknown: choose one_cycle or paper")
     if not isinstance(stages, int): raise ValueError(f"stages={stages!r} is no number: for stages of unequal length use fit_one_cycle(…, cbs=StagedTeacher([…]))")
-    if lr is not None: kw['lr_max' if schedule == 'one_cycle' else 'base_lr'] = lr if schedule == 'one_cycle' else lr*256/(kw.get('bs') or self.dls.train.bs)
+    per_step = kw.get('bs') or self.dls.train.bs*self.n_processes
+    if lr is not None: kw['lr_max' if schedule == 'one_cycle' else 'base_lr'] = lr if schedule == 'one_cycle' else lr*256/per_step
     staged = StagedTeacher(stages, folder, probe)
     (self.fit_one_cycle if schedule == 'one_cycle' else self.fit_paper)(n_epoch*stages, cbs=L(cbs) + staged, **kw)
     return staged.log
@@ -320,6 +330,7 @@ def load(self:MimLearner,
     **kwargs # As for fastai's `load`, except that code in the file is never run
 ) -> MimLearner: # The same learner
     "Load what `save` wrote, after checking that it is whole and fits"
+    distrib_barrier()                                       # the process that writes may not have finished
     path,model = join_path_file(file, self.path/self.model_dir, ext='.pth'), get_model(self.model)
     state = read_file(path, allow=[L, type(np.dtype('float64')), np.dtype, type(np.dtype('int64')), np.float64(0).__reduce__()[0]])
     state = state['model'] if set(state) == {'model', 'opt'} else state

@@ -188,17 +188,17 @@ def recipe_learner(
 
 # %% ../nbs/14_recipes.ipynb #393c9543
 def _images_per_step(learn, cbs):
-    "Images of an optimiser step of this process"
+    "Images of an optimiser step of all processes"
     bs = learn.dls.train.bs
     n = max([bs, *(cb.n_acc for cb in [*learn.cbs, *L(cbs)] if isinstance(cb, GradientAccumulation))])
-    return math.ceil(n/bs)*bs
+    return math.ceil(n/bs)*bs*learn.n_processes
 
 @patch
 @remembered
 def fit_recipe(self:MimLearner,
     recipe:str|Recipe, # A recipe or its name
     epochs:int|None=None, # Epochs of a stage, see `Recipe.for_batch`; `None` = the recipe's
-    bs:int|None=None, # Images per optimiser step; `None` = the loader's batch, with gradient accumulation several
+    bs:int|None=None, # Images per optimiser step of all processes; `None` = the loader's batch, with gradient accumulation several, times the processes
     cbs=None, # Further callbacks
     start_epoch:int=0, # Epoch to start from, counted through all stages
 ):

@@ -80,14 +80,15 @@ def update_feature_mean(
     mask:Tensor, # `(B, L)`, boolean, `True` = hidden
     least:float=.02, # Smallest share of a new batch
     rows:int=32, # Images of the batch that are looked at
+    add_up=None, # What adds a tensor up over several processes, so that all of them keep the same mean
 ):
     "Move the mean of the target at each place towards that of a batch"
     targ,mask = targ[:rows].float(), mask[:rows]
     rank = (mask.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, targ.shape[-1])     # a gather: the sum of a scatter would depend on the order
-    n = mask.sum(0)
-    batch = (targ.gather(1, rank)*mask[..., None]).sum(0)/n.clamp(min=1)[:, None]
+    n,total = mask.sum(0), (targ.gather(1, rank)*mask[..., None]).sum(0)
+    if add_up: total,n = add_up(torch.cat([total, n[:, None]], 1)).split([targ.shape[-1], 1], 1); n = n[:, 0]
     count += n > 0
-    mean.lerp_(batch, torch.where(n > 0, (1/count.clamp(min=1)).clamp(min=least), 0.)[:, None])
+    mean.lerp_(total/n.clamp(min=1)[:, None], torch.where(n > 0, (1/count.clamp(min=1)).clamp(min=least), 0.)[:, None])
 
 # %% ../nbs/07_targets.ipynb #102d95ad
 @torch.no_grad()
