@@ -16,7 +16,7 @@ from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
-from fastcore.script import call_parse
+from fastcore.script import call_parse, is_cli
 
 # %% ../nbs/30_cli.ipynb #fbcb181e
 def _say(text, category, *_, **__):
@@ -95,6 +95,7 @@ def bootmae_train(
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
     precision:str=None, # auto, fp32, bf16 or fp16; settings.ini's if not given
     workers:int=None, # Processes that load images; settings.ini's if not given
+    nproc:int=None, # Processes that share the training on this machine, one per GPU where there are some; 1 if not given. A batch of bs images is for each
     overwrite:bool=False, # Write over an earlier run in the same folder
     resume:Path=None, # Go on with the run in this folder where it was stopped; nothing else need be given
     allow_changes:bool=False, # Go on although other settings were given than the run was started with
@@ -103,8 +104,11 @@ def bootmae_train(
     state_keep:int=None, # States to keep; 2 if not given
 ):
     "Pretrain a masked autoencoder on a folder of images"
-    args = _of_run(dict(locals()))
-    return _train(SimpleNamespace(**args))
+    a = SimpleNamespace(**_of_run(dict(locals())))
+    if (a.nproc or 1) == 1 or 'WORLD_SIZE' in os.environ: return _train(a)
+    from bootmae_nb.distributed import launch
+    if not is_cli(): raise ValueError(f"nproc={a.nproc} starts this command anew, which works from a terminal only: start your program with torchrun")
+    raise SystemExit(launch(a.nproc, [sys.executable, *sys.argv], a.device))
 
 # %% ../nbs/30_cli.ipynb #37cded74
 _may_differ = ('out', 'overwrite', 'resume', 'allow_changes', 'workers', 'device', 'source', 'state_minutes', 'state_steps', 'state_keep')
@@ -131,30 +135,49 @@ def _read_run(folder):
 # %% ../nbs/30_cli.ipynb #b3d94859
 def _train(a):
     "A run, from its arguments"
+    from bootmae_nb.distributed import from_rank0, local_device
+    from bootmae_nb.settings import load_settings, pick_device, pick_precision
+    s = load_settings()
+    device = local_device(pick_device(a.device or s.device))
+    precision,bs = pick_precision(a.precision or s.precision, device), a.bs or 64
+    r = _recipe(a.recipe, a.arch, a.method, a.epochs, a.lr, bs, a.clip, a.schedule, a.stages, a.min_scale)
+    out = from_rank0(lambda: _run_folder(a.out, s.run_dir, a.overwrite, a.resume))
+    epochs = r.epochs if a.epochs is None else a.epochs
+    if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
+    learn = _learner(a, s, r, device, precision, bs, out)
+    with learn.distrib_ctx():
+        if a.recipe: _first_says(r.for_batch(bs*learn.n_processes, epochs))
+        _announce(learn, r.arch, device, precision, out)
+        run = _begin(learn, a, dict(precision=precision, seed=learn.dls.train.seed, device=str(device)))
+        history,ended = _fit(learn, r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), run['first'], out if a.resume else None, a.allow_changes)
+        how = dict(source=a.source, recipe=a.recipe, epochs=epochs, stages=r.stages, bs=bs, schedule=a.schedule, lr=a.lr, clip=r.clip, ema=a.ema, precision=precision,
+                   device=str(device), seed=learn.dls.train.seed, weights=a.weights, teacher=a.teacher, processes=learn.n_processes)
+        if _first(): _write_run(learn, history, out, how)
+    if ended: raise SystemExit(ended)
+
+def _first():
+    from fastai.torch_core import rank_distrib
+    return rank_distrib() == 0
+
+def _first_says(*args):
+    "Print, if this is the first of several processes, or the only one"
+    if _first(): print(*args, flush=True)
+
+# %% ../nbs/30_cli.ipynb #43bfb42b
+def _learner(a, s, r, device, precision, bs, out):
+    "Loaders, model and callbacks of a run"
     from bootmae_nb.data import mim_dls
     from bootmae_nb.recipes import recipe_learner
     from bootmae_nb.runs import RunState
-    from bootmae_nb.settings import load_settings, pick_device, pick_precision, pick_workers
-    s = load_settings()
-    device = pick_device(a.device or s.device)
-    precision,seed,bs = pick_precision(a.precision or s.precision, device), s.seed if a.seed is None else a.seed, a.bs or 64
-    r,out = _recipe(a.recipe, a.arch, a.method, a.epochs, a.lr, bs, a.clip, a.schedule, a.stages, a.min_scale), _run_folder(a.out, s.run_dir, a.overwrite, a.resume)
-    ema,size,epochs = _ema(a.ema or ('paper' if a.recipe else 'run')), _size(a.img_size or '224'), r.epochs if a.epochs is None else a.epochs
-    if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
+    from bootmae_nb.settings import pick_workers
+    ema,size,seed = _ema(a.ema or ('paper' if a.recipe else 'run')), _size(a.img_size or '224'), s.seed if a.seed is None else a.seed
     dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip,
                   valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, leave_out=_read_run(out)['left_out'] if a.resume else None,
                   num_workers=pick_workers(s.workers if a.workers is None else a.workers))
     given = dict(mask_ratio=a.mask_ratio, teacher=a.teacher, patch_size=a.patch_size, mask=a.mask) | (dict(ema=ema) if ema is not None else {})
     ablations = _assignments(a.set) | {k: v for k,v in given.items() if v is not None}
     learn = recipe_learner(dls, r, precision=precision, weights=None if a.resume else a.weights, log_pictures=out/'reconstructions', path=out, **ablations)
-    learn.add_cb(RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., keep=a.state_keep or 2, overwrite=a.overwrite))
-    if a.recipe: print(r.for_batch(bs, epochs))
-    _announce(learn, r.arch, device, precision, out)
-    run = _begin(learn, a, dict(precision=precision, seed=seed, device=str(device)))
-    history,ended = _fit(learn, r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), run['first'], out if a.resume else None, a.allow_changes)
-    _write_run(learn, history, out, dict(source=a.source, recipe=a.recipe, epochs=epochs, stages=r.stages, bs=bs, schedule=a.schedule, lr=a.lr, clip=r.clip, ema=ema,
-                                         precision=precision, device=str(device), seed=seed, weights=a.weights, teacher=a.teacher))
-    if ended: raise SystemExit(ended)
+    return learn.add_cb(RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., keep=a.state_keep or 2, overwrite=a.overwrite))
 
 # %% ../nbs/30_cli.ipynb #e3d13254
 def _begin(learn, a, picked):
@@ -165,7 +188,7 @@ def _begin(learn, a, picked):
     arguments = {k: _plain(v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')}
     run = dict(arguments=arguments | {k: picked[k] for k in ('precision', 'seed')}, first=first, device=picked['device'],
                left_out=[os.path.relpath(o, learn.dls.path) for o in learn.dls.left_out], started=datetime.now().isoformat(timespec='seconds'))
-    write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
+    if _first(): write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
     return run
 
 # %% ../nbs/30_cli.ipynb #4b7be00b
@@ -201,10 +224,10 @@ def _announce(learn, arch, device, precision, out):
     dls,m = learn.dls, learn.model
     parts = ', '.join(f'{k} {v/1e6:.1f} M' for k,v in count_parameters(m).items())
     hidden = m.method.masker.n_hidden(m.grid)
-    print(f'{m.method.name} with {arch}: {parts} parameters')
-    print(f'{m.grid[0]} x {m.grid[1]} patches of {m.patch_size[0]} px, {hidden} of them hidden ({m.method.mask} mask)')
-    print(f'{len(dls.train_ds)} training crops and {len(dls.valid_ds)} validation images in batches of {dls.train.bs}, on {device} in {precision}')
-    print(f'writing to {out}', flush=True)
+    _first_says(f'{m.method.name} with {arch}: {parts} parameters')
+    _first_says(f'{m.grid[0]} x {m.grid[1]} patches of {m.patch_size[0]} px, {hidden} of them hidden ({m.method.mask} mask)')
+    _first_says(f'{len(dls.train_ds)} training crops and {len(dls.valid_ds)} validation images in batches of {dls.train.bs}, on {device} in {precision}')
+    _first_says(f'writing to {out}')
 
 # %% ../nbs/30_cli.ipynb #60cb0ad1
 class _PlainLog:
@@ -223,7 +246,7 @@ def _fit(learn, r, epochs, lr, schedule, first, resume, allow_changes):
     parts = ['loss', *(m.name for m in learn.metrics)]
     names = [f'{kind}_{o}' for kind in ('train', 'valid') for o in parts]
     learn.recorder.train_metrics = True
-    if not sys.stdout.isatty(): learn.logger = _PlainLog(['epoch', *names, 'time'])
+    if not sys.stdout.isatty() and _first(): learn.logger = _PlainLog(['epoch', *names, 'time'])
     start,ended = time.perf_counter(), 0
     with nullcontext() if sys.stdout.isatty() else learn.no_bar():
         try:
@@ -236,8 +259,9 @@ def _fit(learn, r, epochs, lr, schedule, first, resume, allow_changes):
         except SystemExit as e: ended = e.code
     took,state = time.perf_counter() - start, learn.run_state
     history = pd.DataFrame([[None]*len(parts) + first, *learn.recorder.values], columns=names).rename_axis('epoch')
-    history.attrs = dict(seconds=round(took, 1), images_per_second=round((learn.train_iter - state.first_step)*learn.dls.train.bs/took, 1), interrupted=bool(ended))
-    if ended: print(f'interrupted: writing what has been learnt so far; go on with: bootmae-train --resume {shlex.quote(str(state.folder))}', flush=True)
+    n_images = (learn.train_iter - state.first_step)*learn.dls.train.bs*learn.n_processes
+    history.attrs = dict(seconds=round(took, 1), images_per_second=round(n_images/took, 1), interrupted=bool(ended))
+    if ended: _first_says(f'interrupted: writing what has been learnt so far; go on with: bootmae-train --resume {shlex.quote(str(state.folder))}')
     return history, ended
 
 # %% ../nbs/30_cli.ipynb #c79be177

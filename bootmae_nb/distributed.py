@@ -175,7 +175,7 @@ class StopTogether(Callback):
         if first and not self.fitting: raise KeyboardInterrupt
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'gather_preds')
+        self.run = not hasattr(self.learn, 'gather_preds') and not hasattr(self.learn, 'run_state')      # which takes the signals over, and saves
         if self.run: self.signal,self.fitting = None, True
     def after_fit(self): self.fitting = False
 

@@ -21,7 +21,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, num_distrib, rank_distrib
+from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 import bootmae_nb
 from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
 from .checkpoints import CheckpointError, file_digest, misfit, save_model, write_whole
+from .distributed import any_process
 from .learner import MimLearner
 from .models import plain, teach_self
 from .recipes import Recipe
@@ -188,10 +189,9 @@ def _as_saved(learn, saved, config):
     other_teacher = model.method.teacher != config['method']['teacher']
     if (wrong or other_teacher) and config['method']['teacher'] == 'frozen' and 'features' in model.decoders:
         if teach_self(model):
-            if model is not learn.model: raise ResumeError("the feature head changed its width in an earlier stage, which several processes cannot follow: "
-                                                               "go on in one process")
             old = learn.opt.hypers
             learn.create_opt()
+            if model is not learn.model: learn.mim_distributed.wrap()
             for k in old[0]: learn.opt.set_hyper(k, L(o[k] for o in old))
         learn.loss_func.method = model.method
         wrong = misfit(model.state_dict(), saved)
@@ -271,7 +271,7 @@ def run_settings(
 ) -> dict: # JSON
     "Everything that a run has to keep to go on as it was"
     train,opt = learn.dls.train, learn.opt
-    res = dict(model=get_model(learn.model).config, images=[_data(dl) for dl in learn.dls], batch_size=train.bs, seed=train.seed, processes=max(num_distrib(), 1),
+    res = dict(model=get_model(learn.model).config, images=[_data(dl) for dl in learn.dls], batch_size=train.bs, seed=train.seed, processes=learn.n_processes,
                augmentation=_pipeline(train.after_item), transforms=[o for o in _pipeline(train.after_batch) if not o.startswith('MaskBatch')],
                optimizer=dict(name=type(getattr(opt, 'opt', opt)).__name__, wd=learn.wd) | {k: v for k,v in opt.hypers[0].items() if k in ('eps', 'sqr_mom')},
                callbacks={k: _encode(o) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, RunState) and (o := _settings_of(cb)) is not None})
@@ -372,7 +372,7 @@ class RunState(Callback):
         pending = getattr(self.learn, 'pending', None)
         self._prepare(pending)
         self.settings_now,self.top,self.position,self.figures,self.finished = run_settings(self.learn), None, (0, 0), None, False
-        self.first_step,self.last_step,self.last_time,self.saved_position,self.signal,self.outside = 0, 0, time.monotonic(), None, None, None
+        self.first_step,self.last_step,self.last_time,self.saved_position,self.signal,self.between = 0, 0, time.monotonic(), None, None, None
         if pending: self._restore(*pending)
         else: self._first()
         self._watch()
@@ -424,7 +424,7 @@ class RunState(Callback):
     def before_train(self):
         self.figures = None
         if self.epoch == self.learn.first_epoch and hasattr(self, 'mine'): self._restore_in_epoch()
-        self.outside = _generators()                                    # within a step they are those of the step
+        self.between = _generators()                                    # within a step they are those of the step
 
     def _restore_in_epoch(self):
         self.dls.train.skip = self.learn.first_batch
@@ -438,19 +438,19 @@ class RunState(Callback):
 
     def after_batch(self):
         if self.training: self.position = self.epoch, self.iter + 1
-        stop,due = self._agree(self.signal is not None, self.training and self._due())
+        stop,due = self._agree(self.training and self._due())
         if stop or due: self.save()
         if stop: self._leave()
 
     def after_train(self):
         "Keep the figures of training, which validation begins with resetting"
-        self.figures,self.outside = _metrics_state(self.learn), None
+        self.figures,self.between = _metrics_state(self.learn), None
 
     def after_epoch(self):
         if self.recorder.cancel_train: return
         self.position,self.figures,self.finished = (self.epoch + 1, 0), None, self.epoch + 1 == self.n_epoch
         self._keep_best()
-        stop,due = self._agree(self.signal is not None, self._due())
+        stop,due = self._agree(self._due())
         if stop or due or self.finished or self.epochs and not (self.epoch + 1) % self.epochs: self.save()
         if stop and not self.finished: self._leave()
 
@@ -465,12 +465,11 @@ class RunState(Callback):
     def _due(self):
         return bool(self.steps and self.train_iter - self.last_step >= self.steps or self.minutes and time.monotonic() - self.last_time >= 60*self.minutes)
 
-    def _agree(self, *flags):
-        "Whether any process says so"
-        if num_distrib() < 2 or not dist.is_initialized(): return flags
-        t = torch.tensor(flags, dtype=torch.uint8, device=next(self.model.parameters()).device)
-        dist.all_reduce(t, dist.ReduceOp.MAX)
-        return t.bool().tolist()
+    def _agree(self, due):
+        "Whether any process was told to stop, and whether it is time to save"
+        interrupted,terminated,due = any_process(self.signal == signal.SIGINT, self.signal == signal.SIGTERM, due)
+        self.signal = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
+        return self.signal is not None, due
 
     # ---- saving
 
@@ -478,7 +477,8 @@ class RunState(Callback):
         must:bool=False, # Raise if it cannot be written
     ) -> Path|None: # The file; `None` if it could not be written
         "Save the state as it is now; a failure is told and does not end the run"
-        own = dict(generators=self.outside or _generators(), metrics=self.figures or _metrics_state(self.learn), bad=[[self._from_home(o) for o in dl.bad_files()] for dl in self.dls.loaders])
+        own = dict(generators=self.between or _generators(), metrics=self.figures or _metrics_state(self.learn),
+                   bad=[[self._from_home(o) for o in dl.bad_files()] for dl in self.dls.loaders])
         ranks = _gather(own)
         self.last_step,self.last_time = self.train_iter, time.monotonic()
         if rank_distrib(): return None
@@ -568,7 +568,7 @@ def _in_worker(number):
 
 def _gather(own):
     "What each process has of its own, in the first one"
-    if num_distrib() < 2 or not dist.is_initialized(): return [own]
+    if not dist.is_initialized(): return [own]
     res = [None]*dist.get_world_size()
     dist.all_gather_object(res, own)
     return res

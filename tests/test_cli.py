@@ -306,3 +306,20 @@ def test_what_cannot_be_gone_on_with(tmp_path):
     done = run('bootmae-train', '--resume', tmp_path)
     assert done.returncode == 2 and 'holds no run of bootmae-train' in done.stderr and 'Traceback' not in done.stderr
     assert 'no images were named' in run('bootmae-train').stderr
+
+
+@pytest.mark.slow
+def test_two_processes_by_one_flag_that_are_stopped_and_gone_on_with(folder, tmp_path):
+    args = folder, *small, '--epochs', 3, '--crops', 4, '--lr', 1e-3, '--seed', 3, '--nproc', 2, '--device', 'cpu'
+    whole = run('bootmae-train', *args, '--out', tmp_path/'whole')
+    assert whole.returncode == 0 and whole.stdout.count('writing to') == 1, whole.stderr
+    p = started(*args, '--out', tmp_path/'run', '--state-steps', 1, until=tmp_path/'run'/'reconstructions'/'epoch_0001.png')
+    p.send_signal(signal.SIGTERM)
+    text,_ = p.communicate(timeout=120)
+    assert p.returncode == 143 and '--resume' in text
+    done = run('bootmae-train', '--resume', tmp_path/'run')
+    assert done.returncode == 0, done.stderr
+    assert same_weights(tmp_path/'run', tmp_path/'whole')
+    assert json.loads((tmp_path/'run'/'model.json').read_text())['training']['processes'] == 2
+    other = run('bootmae-train', '--resume', tmp_path/'run', '--nproc', 1)
+    assert other.returncode == 2 and 'nproc: 2 -> 1' in other.stderr

@@ -352,6 +352,40 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(sig, tmp_path):
     assert a[0] == b[0] == 3 and equal(a[1], b[1]) and a[2] and b[2]
 
 
+def journalled(*cbs):
+    from test_resume import Journal, learner
+    return learner(cbs=[Journal(), *cbs])
+
+
+def test_a_run_of_two_goes_on_to_the_bit_after_one_of_them_was_told_to_stop(tmp_path):
+    "In mid-epoch, with masks and drop path of each process its own; the state is written once, and refused by another number of processes"
+    from bootmae_nb.runs import ResumeError, RunState, find_state
+    class Tell(Callback):
+        def before_step(self):
+            if os.environ['RANK'] == '1' and (self.epoch, self.iter) == (1, 0): os.kill(os.getpid(), signal.SIGTERM)
+    def whole(rank):
+        learn = journalled(); shared(learn, 'fit_one_cycle', 3, 1e-2)
+        return learn.journal.lines, state(learn.model)
+    def part(rank):
+        learn = journalled(Tell())
+        try: shared(learn, 'fit_one_cycle', 3, 1e-2, cbs=RunState(tmp_path/'run', steps=1))
+        except SystemExit as e: return e.code, learn.journal.lines, get_back(learn)
+    def get_back(learn): return learn.model.__class__.__name__, learn.dls.train.shard
+    def rest(rank):
+        learn = journalled(); shared(learn, 'resume', tmp_path/'run')
+        return learn.journal.lines, state(learn.model)
+    a,b = together(whole, tmp_path)
+    (code,lines,plain),(code2,lines2,_) = together(part, tmp_path)
+    assert code == code2 == 143 and len(lines) == len(lines2) and plain == ('MaskedAutoencoder', (0, 1))
+    info = find_state(tmp_path/'run')[1]
+    assert (info['epoch'], info['batch'], info['settings']['processes']) == (1, 1, 2)
+    with pytest.raises(ResumeError, match='processes: 2 -> 1'): quietly(journalled(), 'resume', tmp_path/'run')
+    for (all_lines,weights),(more,now),begun in zip((a, b), together(rest, tmp_path), (lines, lines2)):
+        assert begun + more == all_lines and equal(weights, now)
+    assert equal(a[1], b[1]) and a[0] != b[0], 'equal copies, other images'
+    assert find_state(tmp_path/'run')[1]['finished']
+
+
 def test_alone_the_context_does_nothing():
     learn = numbered_learner(8)
     with learn.distrib_ctx() as same:

@@ -14,6 +14,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
+from fastai.torch_core import get_model
 
 from common import equal, quietly, state
 from forks import run_forked
@@ -41,7 +42,7 @@ class Journal(Callback):
     def __init__(self, file=None): self.file,self.lines = file, []
     def after_batch(self):
         if not self.training: return
-        m,opt = self.model, self.opt
+        m,opt = get_model(self.model), self.opt
         line = dict(epoch=self.epoch, batch=self.iter, step=self.train_iter, images=digest(self.learn.xb[0]), mask=digest(self.learn.xb[1]),
                     items=[str(o) for o in self.dls.train.batch_items(self.iter)], lr=opt.hypers[-1]['lr'], mom=opt.hypers[-1]['mom'], wd=opt.hypers[0]['wd'],
                     loss=self.learn.loss.item(), smooth=float(self.learn.smooth_loss), weight=self.loss_func.feature_weight, model=digest(*m.state_dict().values()),
