@@ -52,6 +52,8 @@ class DecayGroups(Callback):
         self.opt.set_hyper('wd', [wd[0], *[0.]*(len(wd) - 1)])
 
 # %% ../nbs/13_learner.ipynb #81a8a189
+def _autocasts(): return {o for o in ('cpu', 'cuda') if torch.is_autocast_enabled(o)}
+
 class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
     first_epoch,first_batch,fit_call = 0, 0, None         # where the present fit begins; the verb and the arguments that it was called with
@@ -71,13 +73,13 @@ class MimLearner(Learner):
         for i,b in enumerate(self.dl, getattr(self.dl, 'skip', 0)): self.one_batch(i, b)
 
     def one_batch(self, i, b):
-        dl,device,was_on = self.dls.train, next(self.model.parameters()).device, torch.is_autocast_enabled('cuda')
+        dl,device,was_on = self.dls.train, next(self.model.parameters()).device, _autocasts()
         try:
             with seeded('step', dl.seed, dl.this_epoch, i, rank_distrib(), device=device) if self.training else nullcontext(): super().one_batch(i, b)
         finally:
             for cb in self._grab_cbs(CPUBFloat16): cb.close()
-            if torch.is_autocast_enabled('cuda') and not was_on:
-                for cb in self._grab_cbs(MixedPrecision): cb.autocast.__exit__(None, None, None)
+            for cb in self._grab_cbs(MixedPrecision):
+                if cb.autocast is not None and cb.autocast.device in _autocasts() - was_on: cb.autocast.__exit__(None, None, None)
 
     @contextmanager
     def _tidy_on_error(self):
