@@ -110,7 +110,21 @@ class FiniteGuard(Callback):
         if not self.on or not any(getattr(cb, 'skipped', False) for cb in self.learn._grab_cbs(MixedPrecision)): return
         self.in_row['overflows'] += 1
         if self.in_row['overflows'] >= self.max_overflows:
-            raise NonFiniteError(f"fp16's scaler has skipped {self.max_overflows} steps in a row, the last in {_place(self)}: no scale makes the gradients finite. {_advice(self)}")
+            raise NonFiniteError(f"fp16's scaler has skipped {self.max_overflows} steps in a row, the last in {_place(self)}: no scale makes the gradients finite. "
+                                 f"{_advice(self)}")
+
+    @property
+    def counts(self):
+        "How many skips there were for each reason"
+        return dict(Counter(o['why'] for o in self.skips))
+
+    def state_dict(self):
+        "What a resumed run needs to go on counting, as JSON can hold it"
+        return dict(skips=[dict(o) for o in self.skips], in_row=dict(self.in_row))
+
+    def load_state_dict(self, state):
+        "Go on counting; to be called once the fit has begun, whose beginning sets everything to zero"
+        self.skips,self.in_row,self.fresh = [dict(o) for o in state['skips']], dict(state['in_row']), False
 
 # %% ../nbs/12a_guards.ipynb #e853e13e
 def _few(names, n=5): return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
@@ -123,7 +137,8 @@ def _image_names(cb, rows):
     return [str(o) if isinstance(o := items.get(i), str|Path) else f'item {o}' if isinstance(o, int) else f'row {i} of the batch' for i in rows]
 
 # %% ../nbs/12a_guards.ipynb #0fd11b63
-_reasons = dict(images="{n} of its images hold NaN, infinity or values beyond {most:g} ({files})", loss="its loss is not finite, though its images look normal ({files})",
+_reasons = dict(images="{n} of its {all} images hold NaN, infinity or values beyond {most:g} ({files})",
+                loss="its loss is not finite, though its images look normal ({files})",
                 gradient="the gradient is not finite, though images and loss are ({files})")
 
 @patch
@@ -132,7 +147,8 @@ def _skip(self:FiniteGuard, why, rows):
     kind,names = 'steps' if why == 'gradient' else 'batches', _image_names(self, rows)
     self.in_row[kind] += 1
     self.skips.append(dict(epoch=self.epoch, batch=self.iter, why=why, images=len(names), files=names if why == 'images' else names[:5]))
-    reason = _reasons[why].format(n=len(names), most=self.max_input, files=_few(names)) if names else 'another process met numbers that are not finite'
+    reason = _reasons[why].format(n=len(names), all=len(self.xb[0]), most=self.max_input, files=_few(names))
+    if not names: reason = 'another process met numbers that are not finite'
     if self.in_row[kind] >= self.max_in_row:
         advice = 'Look at these files, and at what makes tensors of them.' if why == 'images' else _advice(self)
         raise NonFiniteError(f"{self.in_row[kind]} {kind} in a row could not be used, the last in {_place(self)}: {reason}. {advice}")
@@ -149,24 +165,6 @@ def _advice(cb):
     fp16 = any(o.amp_mode == AMPMode.FP16 for o in cb.learn._grab_cbs(MixedPrecision))
     tries = [f"a learning rate below {cb.opt.hypers[-1]['lr']:.2g}", f'clip={cb.clip/2 if cb.clip else 1.:g}', *(['bf16 or fp32 in place of fp16'] if fp16 else [])]
     return f"Try {', '.join(tries)}."
-
-# %% ../nbs/12a_guards.ipynb #816fd85f
-@patch(as_prop=True)
-def counts(self:FiniteGuard) -> dict:
-    "How many skips there were for each reason"
-    return dict(Counter(o['why'] for o in self.skips))
-
-@patch
-def state_dict(self:FiniteGuard) -> dict:
-    "What a resumed run needs to go on counting, as JSON can hold it"
-    return dict(skips=[dict(o) for o in self.skips], in_row=dict(self.in_row))
-
-@patch
-def load_state_dict(self:FiniteGuard,
-    state:dict, # Of `state_dict`
-):
-    "Go on counting; to be called once the fit has begun, whose beginning sets everything to zero"
-    self.skips,self.in_row,self.fresh = [dict(o) for o in state['skips']], dict(state['in_row']), False
 
 # %% ../nbs/12a_guards.ipynb #e54af80c
 @torch.no_grad()
@@ -223,12 +221,20 @@ class CollapseAlarm(Callback):
                      cosine=lambda o: o['cosine'] > self.max_cos and o['step'] >= self.settle)[kind]
         return len(last) == self.patience and all(map(wrong, last))
 
+    def state_dict(self):
+        "What a resumed run needs to go on watching, as JSON can hold it"
+        return dict(log=[dict(o) for o in self.log], told=list(self.told))
+
+    def load_state_dict(self, state):
+        "Go on watching; to be called once the fit has begun, whose beginning forgets everything"
+        self.log,self.told,self.fresh = deque(map(dict, state['log']), maxlen=10_000), list(state['told']), False
+
 # %% ../nbs/12a_guards.ipynb #7dff2e62
 _alarms = dict(
-    target_var="the feature targets of different images are alike (variance {target_var:.2g}, where {min_var:g} is very little): the teacher has collapsed, or the images are all the same; "
-               "try {teacher}a learning rate below {lr:.2g}, the pixel decoder on, more varied images",
-    loss="the feature loss is next to nothing ({loss:.2g}): the target is constant, or told by what the decoder sees; look at target_var, and try {teacher}a learning rate below {lr:.2g}, "
-         "the pixel decoder on",
+    target_var="the feature targets of different images are alike (variance {target_var:.2g}, where {min_var:g} is very little): "
+               "the teacher has collapsed, or the images are all the same; try {teacher}a learning rate below {lr:.2g}, the pixel decoder on, more varied images",
+    loss="the feature loss is next to nothing ({loss:.2g}): the target is constant, or told by what the decoder sees; look at target_var, "
+         "and try {teacher}a learning rate below {lr:.2g}, the pixel decoder on",
     cosine="the features predicted for different images are alike (cosine {cosine:.4f} after {step} steps): the decoder gives the mean, whatever it sees; "
            "try a learning rate below {lr:.2g}, clip=1., a larger batch, more varied images")
 
@@ -239,15 +245,3 @@ def _tell(self:CollapseAlarm, kind):
     teacher = 'a slower teacher (ema nearer to 1), ' if get_model(self.model).method.teacher == 'momentum' else ''
     text = _alarms[kind].format(**self.log[-1], min_var=self.min_var, lr=self.opt.hypers[-1]['lr'], teacher=teacher)
     warnings.warn(f"epoch {self.epoch}, batch {self.iter}: {text}", stacklevel=2)
-
-@patch
-def state_dict(self:CollapseAlarm) -> dict:
-    "What a resumed run needs to go on watching, as JSON can hold it"
-    return dict(log=[dict(o) for o in self.log], told=list(self.told))
-
-@patch
-def load_state_dict(self:CollapseAlarm,
-    state:dict, # Of `state_dict`
-):
-    "Go on watching; to be called once the fit has begun"
-    self.log,self.told,self.fresh = deque(map(dict, state['log']), maxlen=10_000), list(state['told']), False
