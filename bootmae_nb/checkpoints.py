@@ -49,10 +49,10 @@ def _alive(pid):
     except PermissionError: pass
     return True
 
-def _abandoned(file, host, pid):
-    "Whether nobody will finish a temporary file"
+def _abandoned(place, host, pid):
+    "Whether nobody will finish what is in a temporary folder"
     if os.name == 'posix' and host == _host(): return not _alive(pid)          # elsewhere `os.kill` would end the process
-    with suppress(OSError): return time.time() - file.stat().st_mtime > 24*3600
+    with suppress(OSError): return time.time() - max(o.stat().st_mtime for o in (place, *place.iterdir())) > 24*3600
     return False
 
 # %% ../nbs/09_checkpoints.ipynb #5ed82e5e
@@ -60,13 +60,13 @@ _leftover = re.compile(r'\..+\.([\w-]+)\.(\d+)-[0-9a-f]{6}\.tmp')
 
 def sweep(
     folder:str|Path, # A folder that `write_whole` wrote into
-) -> list: # Names of the files removed
+) -> list: # Names of the temporary folders removed
     "Remove what writers that were killed have left in a folder"
     gone = []
-    for file in Path(folder).glob('.*.tmp'):
-        m = _leftover.fullmatch(file.name)
-        if not m or not _abandoned(file, m[1], int(m[2])): continue
-        with suppress(OSError): file.unlink(); gone.append(file.name)
+    for place in Path(folder).glob('.*.tmp'):
+        m = _leftover.fullmatch(place.name)
+        if not m or not place.is_dir() or not _abandoned(place, m[1], int(m[2])): continue
+        with suppress(OSError): shutil.rmtree(place); gone.append(place.name)
     return gone
 
 # %% ../nbs/09_checkpoints.ipynb #ce4b4632
@@ -85,10 +85,15 @@ def _number(e):
     if m := re.search(r'os error (\d+)', str(e)): return int(m[1])
     return errno.ENOSPC if re.search('PytorchStreamWriter|inline_container', str(e)) else None
 
+def _concerns(path, file):
+    "Whether a file is the one that is written, a folder above it, or a temporary one beside it"
+    near = lambda o: o.name.startswith(f'.{path.name[:100]}.') and o.name.endswith('.tmp')
+    return file.absolute() in (path.absolute(), *path.absolute().parents) or any(map(near, (file, *file.parents)))
+
 def _why(e, path, size):
     "Why a file could not be written and what to do, in words; `None` for what is no matter of the disk"
-    E,names = errno, {os.fspath(o) for o in (path, path.absolute(), *path.parents, *path.absolute().parents)}
-    if getattr(e, 'filename', None) not in (None, *names) and _leftover.fullmatch(os.path.basename(os.fspath(e.filename))) is None: return None
+    E,file = errno, getattr(e, 'filename', None)
+    if file is not None and not _concerns(path, Path(os.fsdecode(file))): return None
     known = {E.ENOSPC: ('the disk is full or a limit is reached ({room})', 'make room, or write to another disk'),
              E.EDQUOT: ('your share of the disk is used up ({room})', 'make room, or write to another disk'),
              E.EFBIG: ('the file would be larger than is allowed ({room})', 'raise the limit (ulimit -f), or write to another disk'),
@@ -114,6 +119,12 @@ def explain_writing(
         kept = "what was there before is as it was" if os.path.lexists(path) else "nothing was written"
         raise WriteError(f"{path} could not be written, because {found[0]}; {kept}: {found[1]}") from e
 
+# %% ../nbs/09_checkpoints.ipynb #8ec1d0b3
+def _share(tmp, path):
+    "Give a file the rights of the one it replaces, or of any new file"
+    if not (old := path).is_file(): old = tmp.with_name('new'); old.touch()
+    with suppress(OSError): tmp.chmod(old.stat().st_mode & 0o777)
+
 # %% ../nbs/09_checkpoints.ipynb #036073cc
 def _to_disk(path):
     "Bring a file, or the names in a folder, to the disk"
@@ -126,21 +137,21 @@ _swept = set()
 
 def write_whole(
     path:str|Path, # File to write
-    write, # Function that is given a temporary path beside it and writes there
+    write, # Function that is given a temporary path, a file of the same name, and writes there
     size:int|None=None, # Size in bytes, if known: for the error when the disk is full
 ) -> Path: # The file
     "Write a file completely or not at all: to a temporary file first, then to disk, then renamed"
     path = Path(path)
     with explain_writing(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = _temporary(path)
+        home,place = (os.getpid(), path.parent.absolute()), _temporary(path)
+        if home not in _swept: _swept.add(home); sweep(path.parent)                    # once: a folder may hold a million files
         try:
-            write(tmp); _to_disk(tmp)
+            place.mkdir(); tmp = place/path.name
+            write(tmp); _share(tmp, path); _to_disk(tmp)
             os.replace(tmp, path)
-        finally: tmp.unlink(missing_ok=True)
+        finally: shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError): _to_disk(path.parent)               # not every file system (nor Windows) can
-    home = os.getpid(), path.parent.absolute()
-    if home not in _swept: _swept.add(home); sweep(path.parent) # once: a folder may hold a million files
     return path
 
 # %% ../nbs/09_checkpoints.ipynb #f9fd859c

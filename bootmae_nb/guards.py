@@ -181,9 +181,9 @@ class CollapseAlarm(Callback):
     order,run_valid = MixedPrecision.order + 1, False
     def __init__(self,
         every:int=50, # Steps between two looks
-        min_var:float=.02, # Variance of the feature target over images that is too small
+        min_var:float=.003, # Variance of the feature target over images that is too small
         min_loss:float=.005, # Feature loss that is too small
-        max_cos:float=.995, # Cosine of the features predicted for two images that is too large ...
+        max_cos:float=.99, # Cosine of the features predicted for two images that is too large ...
         settle:int=1000, # ... after so many steps
         patience:int=3, # Looks in a row that must agree
     ):
