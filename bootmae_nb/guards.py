@@ -139,7 +139,7 @@ def _image_names(cb, rows):
 # %% ../nbs/12a_guards.ipynb #0fd11b63
 _reasons = dict(images="{n} of its {all} images hold NaN, infinity or values beyond {most:g} ({files})",
                 loss="its loss is not finite, though its images look normal ({files})",
-                gradient="the gradient is not finite, though images and loss are ({files})")
+                gradient="the gradient is not finite, though images and loss are (the last images: {files})")
 
 @patch
 def _skip(self:FiniteGuard, why, rows):
@@ -200,19 +200,20 @@ class CollapseAlarm(Callback):
         self.fresh = False
 
     def after_backward(self):
-        if self.train_iter % self.every or len(self.xb[0]) < 2: return
-        self.log.append(dict(step=self.train_iter, epoch=self.epoch) | self._look())
+        if self.train_iter % self.every or not (look := self._look()): return
+        self.log.append(dict(step=self.train_iter, epoch=self.epoch) | look)
         for kind in ('target_var', 'loss', 'cosine'):
             if kind not in self.told and self._seen(kind): self.told.append(kind); self._tell(kind)
 
     def _look(self):
-        "The three figures, with one question to the device"
+        "The three figures, with one question to the device; none where no patch is hidden in two images"
         _,mask,n = self.xb
         loss = self.learn.loss_func
         targ,pred = loss.targets['features'][0], dict(zip(loss.targets, self.pred))['features'].detach()
         pred = feature_prediction(pred, loss.method)
-        figures = torch.stack([variance_over_images(targ[:, -n:], mask), loss.parts['features'], likeness(pred[:, -n:], mask)]).tolist()
-        return dict(zip(('target_var', 'loss', 'cosine'), figures))
+        shared = (mask.sum(0) > 1).any().float()
+        *figures,shared = torch.stack([variance_over_images(targ[:, -n:], mask), loss.parts['features'], likeness(pred[:, -n:], mask), shared]).tolist()
+        return dict(zip(('target_var', 'loss', 'cosine'), figures)) if shared else {}
 
     def _seen(self, kind):
         "Whether the last looks all show it"

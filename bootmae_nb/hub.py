@@ -188,7 +188,7 @@ def _receive(url, part, progress, timeout):
         if size is None and not r.chunked: raise OSError('the server does not say how long the file is')
         if not start:
             part.unlink(missing_ok=True)
-            write_whole(_beside(part, '.json'), lambda p: p.write_text(json.dumps(dict(url=_bare(url), version=_version(r), size=size))))
+            _beside(part, '.json').write_text(json.dumps(dict(url=_bare(url), version=_version(r), size=size)))
         with open(part, 'ab') as f, _bar(part.stem, start, size, progress) as bar:
             while chunk := r.read(1 << 20): f.write(chunk); bar.update(len(chunk))
             f.flush(); os.fsync(f.fileno())

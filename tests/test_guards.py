@@ -309,6 +309,11 @@ def test_predictions_that_ignore_the_image_are_told_of_after_a_while():
     assert 'the features predicted for different images are alike' in told and 'after 14 steps' in told
 
 
+def test_single_images_tell_nothing_of_a_collapse():
+    learn = learner(bs=1, guard=False, cbs=CollapseAlarm(every=1, settle=0))
+    assert not fit(learn) and not learn.collapse_alarm.log
+
+
 def test_methods_without_features_have_no_alarm_and_the_switch_turns_all_off():
     assert [type(o) for o in learner(method='mae').cbs if isinstance(o, FiniteGuard|CollapseAlarm)] == [FiniteGuard]
     assert not [o for o in learner(guard=False).cbs if isinstance(o, FiniteGuard|CollapseAlarm|GradientClip)]
