@@ -19,6 +19,7 @@ from .checkpoints import *
 from .hub import *
 from .viz import *
 from .callbacks import *
+from .guards import *
 from .learner import *
 from .distributed import *
 from .recipes import *

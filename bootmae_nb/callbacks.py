@@ -88,12 +88,16 @@ class MimBatch(Callback):
         model,x,mask = get_model(self.model), plain(self.x), plain(self.y)
         n = (self.masker or model.method.masker).n_hidden(model.grid)
         self.learn.xb = (x, mask, n)
-        targets = self.learn.loss_func.targets = mim_targets(model, x, mask, n)
-        if self.training and 'features' in targets:
-            update_feature_mean(model.feature_mean, model.feature_count, targets['features'][0][:, -n:], mask, add_up=None if model is self.model else _add_up)
+        self.learn.loss_func.targets = mim_targets(model, x, mask, n)
 
     def after_pred(self): self.learn.pred = tuple(self.pred.values())
-    def after_backward(self): zero_key_bias_grads(get_model(self.model))
+    def after_backward(self):
+        "Not before: a batch that was skipped must leave nothing behind"
+        model,targets,(_,mask,n) = get_model(self.model), self.learn.loss_func.targets, self.xb
+        zero_key_bias_grads(model)
+        if 'features' in targets:
+            update_feature_mean(model.feature_mean, model.feature_count, targets['features'][0][:, -n:], mask, add_up=None if model is self.model else _add_up)
+
     def after_fit(self): self.learn.loss_func.clear()
     after_error = after_fit
     def after_validate(self): self.learn.loss_func.targets = None

@@ -23,7 +23,7 @@ from timm.models import save_for_hf
 from torch import nn
 from tqdm import tqdm
 import bootmae_nb
-from .checkpoints import CheckpointError, file_digest, from_authors, load_model, save_model, to_timm, write_whole
+from .checkpoints import CheckpointError, explain_writing, file_digest, from_authors, load_model, save_model, to_timm, write_whole
 from .models import MaskedAutoencoder
 from .settings import load_settings
 
@@ -290,11 +290,12 @@ def write_folder(
     _check_folder(folder, overwrite)
     real = Path(os.path.realpath(folder))
     tmp = real.with_name(f'.{real.name}.{secrets.token_hex(4)}.tmp')
-    tmp.mkdir(parents=True)
-    try:
-        write(tmp); _flush(tmp)
-        _swap(tmp, real)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    with explain_writing(folder):
+        tmp.mkdir(parents=True)
+        try:
+            write(tmp); _flush(tmp)
+            _swap(tmp, real)
+        finally: shutil.rmtree(tmp, ignore_errors=True)
     return Path(folder)
 
 # %% ../nbs/10_hub.ipynb #4cf49e45

@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.training import GradientClip
 from fastai.callback.schedule import LRFinder, ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
-from fastai.learner import Learner
+from fastai.learner import Learner, save_model as save_state
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib, to_detach
 from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .callbacks import CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, StagedTeacher, TargetVariance
-from .checkpoints import CheckpointError, load_teacher, load_weights, misfit, read_file
+from .checkpoints import CheckpointError, load_teacher, load_weights, misfit, read_file, refuse_non_finite, write_whole
 from .data import SeededDL, seeded
+from .guards import CollapseAlarm, FiniteGuard
 from .masking import make_mask
 from .models import MaskedAutoencoder, Method, evaluating, mim_model, plain, teach_self
 from .vit import make_encoder, own_seed
@@ -181,6 +183,8 @@ def mim_learner(
     weights:str|Path|dict|None=None, # Weights to start from: a file of ours, of the authors or of timm; what it lacks is initialised
     seed:int|None=None, # Seed of initial weights, order, crops and masks; `None` = that of `dls`
     log_pictures:str|Path|bool=False, # Folder for a picture after each epoch; True shows them in the notebook only
+    clip:float|None=None, # Largest norm of the gradients; `None` = no clipping
+    guard:bool=True, # Skip and name what is not finite, and warn when features collapse, see `guards`
     cbs=None, # Further callbacks
     metrics=None, # Further metrics
     path:str|Path|None=None, # Where `save` and `export` write; `None` = that of `dls`
@@ -209,7 +213,8 @@ def mim_learner(
     if precision not in _precisions: raise ValueError(f"precision {precision!r} is unknown: choose one of {', '.join(_precisions)}")
     learn = MimLearner(dls, model, MimLoss(model.method), opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=betas, fused=True)), lr=lr, wd=wd,
                        splitter=decay_groups, metrics=[*_metrics(model), *L(metrics)], path=path, model_dir=model_dir, moms=moms,
-                       cbs=[*_callbacks(model, masker, ema, ema_scale, ema_dynamic, weight_of_features, log_pictures), *L(cbs)])
+                       cbs=[*_callbacks(model, masker, ema, ema_scale, ema_dynamic, weight_of_features, log_pictures),
+                            *_guards(model, guard, clip), *L(cbs)])
     return _precisions[precision](learn)
 
 # %% ../nbs/13_learner.ipynb #cfd41cb8
@@ -234,6 +239,11 @@ def _callbacks(model, masker, ema, ema_scale, ema_dynamic, weight, log_pictures)
     if {'pixels', 'features'} <= set(model.decoders): cbs.append(FeatureWeight(weight))
     if log_pictures and 'pixels' in model.decoders: cbs.append(ReconstructionLog(None if log_pictures is True else log_pictures))
     return cbs
+
+def _guards(model, guard, clip):
+    "What watches; without it clipping remains"
+    if not guard: return [GradientClip(clip)] if clip else []
+    return [FiniteGuard(clip), *([CollapseAlarm()] if 'features' in model.decoders else [])]
 
 # %% ../nbs/13_learner.ipynb #c68979c4
 @patch
@@ -321,6 +331,34 @@ def fit_stages(self:MimLearner,
     staged = StagedTeacher(stages, folder, probe)
     (self.fit_one_cycle if schedule == 'one_cycle' else self.fit_paper)(n_epoch*stages, cbs=L(cbs) + staged, **kw)
     return staged.log
+
+# %% ../nbs/13_learner.ipynb #2a42d35c
+@patch
+def save(self:MimLearner,
+    file, # Name below `path/model_dir`, or a path; `.pth` is added
+    with_opt:bool=True, # Save the state of the optimiser too, if there is one
+    pickle_protocol:int=2, # Protocol of pickle
+    **kwargs # As for `torch.save`
+) -> Path: # The file
+    "Save weights and the state of the optimiser, completely or not at all"
+    path = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    if rank_distrib(): return path
+    state = get_model(self.model).state_dict()
+    refuse_non_finite(state, path)
+    write_whole(path, lambda p: save_state(p, self.model, self.opt, with_opt=with_opt, pickle_protocol=pickle_protocol, **kwargs), sum(v.nbytes for v in state.values()))
+    return path
+
+@patch
+def export(self:MimLearner,
+    fname='export.pkl', # Name below `path`, or a path
+    **kwargs # As for fastai's `export`: `pickle_module`, `pickle_protocol`
+):
+    "Pickle the learner without its images, completely or not at all"
+    if rank_distrib(): return
+    refuse_non_finite(get_model(self.model).state_dict(), self.path/fname)
+    dls,opt = self.dls, self.opt
+    try: write_whole(self.path/fname, lambda p: Learner.export(self, p.absolute(), **kwargs))
+    except BaseException: self.dls,self.opt = dls, opt; raise
 
 # %% ../nbs/13_learner.ipynb #d05ffa4a
 @patch

@@ -8,7 +8,7 @@ __all__ = ['recipes', 'Recipe', 'recipe', 'recipe_learner']
 # %% ../nbs/14_recipes.ipynb #eca5ea48
 import difflib, math
 from dataclasses import dataclass, fields, replace
-from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -181,10 +181,10 @@ def recipe_learner(
     "A learner with the model and the optimiser of a recipe, and gradient clipping where it has it"
     r = _get_recipe(recipe)
     args = dict(arch=r.arch, method=r.method, lr=r.for_batch(dls.train.bs).lr, wd=r.wd, betas=r.betas, ema=r.ema, ema_dynamic=r.ema_dynamic,
-                weight_of_features=r.weight_of_features, drop_path=r.drop_path, mean=r.mean, std=r.std)
+                clip=r.clip, weight_of_features=r.weight_of_features, drop_path=r.drop_path, mean=r.mean, std=r.std)
     if r.teacher_depth is not None and kw.get('teacher', 'frozen') == 'frozen': args['teacher_depth'] = r.teacher_depth
     if isinstance(kw.get('arch'), MaskedAutoencoder): args = {k: v for k,v in args.items() if k not in ('drop_path', 'mean', 'std', 'teacher_depth')}
-    return mim_learner(dls, cbs=[*([GradientClip(r.clip)] if r.clip else []), *L(cbs)], **(args | kw))
+    return mim_learner(dls, cbs=cbs, **(args | kw))
 
 # %% ../nbs/14_recipes.ipynb #393c9543
 def _images_per_step(learn, cbs):
