@@ -275,7 +275,7 @@ def _write_run(learn, history, out, how):
     ax = plot_losses({f'{k} ({name})': history[f'{kind}_{k}'] for k in parts for kind,name in dict(train='training', valid='validation').items()}, first=0)
     write_whole(out/'losses.png', lambda p: ax.figure.savefig(p, format='png', dpi=120))
     last = history.iloc[-1].to_dict()
-    path = save_model(get_model(learn.model), out/'model', training=how | history.attrs, losses=last)
+    path = save_model(get_model(learn.model), out/'model', training=how | history.attrs, losses=last, skipped=learn.finite_guard.skips)
     if len(history) > 1:
         for k in parts:
             train,valid = history[f'train_{k}'], history[f'valid_{k}']
@@ -283,7 +283,17 @@ def _write_run(learn, history, out, how):
                   f'validation images {valid.iloc[0]:.3f} before training, {valid.iloc[-1]:.3f} after')
     print(f"{history.attrs['seconds']:.0f} s, {history.attrs['images_per_second']:.0f} images/s; model: {path}, losses: {out/'losses.png'}")
     if 'pixels' in parts: print(f"pictures after each epoch: {out/'reconstructions'}")
+    _tell_losses(learn, out)
     if (out/'stages').is_dir(): print(f"encoder of each stage: {out/'stages'}")
+
+# %% ../nbs/30_cli.ipynb #914dc308
+def _tell_losses(learn, out):
+    "What was left out of the training: images that could not be read, batches and steps whose numbers were not finite"
+    from bootmae_nb.images import printable
+    bad = [printable(o) for dl in learn.dls.loaders for o in dl.bad_files()]
+    if bad: print(f"{len(bad)} images could not be read while training, others took their places: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
+    skips = learn.finite_guard.skips
+    if skips: print(f"{len(skips)} batches or steps were skipped for numbers that are not finite: {learn.finite_guard.counts}; {out/'model.json'} tells which")
 
 # %% ../nbs/30_cli.ipynb #df5ecf8d
 @call_parse

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 import bootmae_nb
 from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
-from .checkpoints import CheckpointError, file_digest, misfit, save_model, write_whole
+from .checkpoints import CheckpointError, file_digest, misfit, non_finite, save_model, write_whole
 from .distributed import any_process
+from .guards import FiniteGuard
 from .learner import MimLearner
 from .models import plain, teach_self
 from .recipes import Recipe
@@ -254,8 +255,8 @@ def _pipeline(tfms):
     "Transforms with their settings, without addresses"
     return [' '.join(re.sub(r' at 0x[0-9a-f]+', '', str(f)).split()) for f in getattr(tfms, 'fs', [])]
 
-_cb_settings = {GradientAccumulation: ('n_acc',), GradientClip: ('max_norm', 'norm_type'), MomentumTeacher: ('decay_arg', 'scale', 'dynamic'), FeatureWeight: ('weight',),
-                StagedTeacher: ('stages', 'seed'), CPUBFloat16: (), MixedPrecision: ()}
+_cb_settings = {GradientAccumulation: ('n_acc',), GradientClip: ('max_norm', 'norm_type'), MomentumTeacher: ('decay_arg', 'scale', 'dynamic'),
+                FeatureWeight: ('weight',), StagedTeacher: ('stages', 'seed'), FiniteGuard: ('clip', 'max_input'), CPUBFloat16: ()}
 
 def _settings_of(cb):
     "What decides over a run in a callback, `None` if it does not"
@@ -500,8 +501,8 @@ class RunState(Callback):
                      train_iter=self.train_iter, first=learn.mim_batch.first)
         content = {name: take(learn) for name,(take,_) in _parts.items()} | dict(config=_encode(model.config), ranks=ranks, place=place, top=self.top)
         tensors = {}; left = pack(content, tensors)
-        bad = [k for k,t in tensors.items() if k.startswith(('model.', 'optimizer.')) and t.is_floating_point() and not t.isfinite().all()]
-        if bad: raise CheckpointError(f"{len(bad)} tensors are not finite, {bad[0]} among them")
+        if bad := non_finite({k: t for k,t in tensors.items() if k.startswith(('model.', 'optimizer.'))}):
+            raise CheckpointError(f"{len(bad)} tensors are not finite, {bad[0]} among them")
         names = _states(self.folder)
         file = self.folder/'state'/f'{int(names[0].stem) + 1 if names else 1:06}.safetensors'
         write_whole(file, lambda p: save_file(tensors, p, metadata=dict(format=_format, content=json.dumps(left))))

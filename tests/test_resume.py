@@ -251,6 +251,13 @@ class Counts(Callback):
     def load_state_dict(self, d): self.n = d['n']
 
 
+class Poison(Callback):
+    "Two batches that hold NaN"
+    order = 12
+    def before_batch(self):
+        if self.training and (self.epoch, self.iter) in ((0, 1), (0, 2)): self.learn.xb = (self.xb[0]*float('nan'), *self.xb[1:])
+
+
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp('photos')
@@ -276,8 +283,8 @@ class Spoil(Callback):
 def rich(photos, *cbs, n=1):
     "A learner in which everything takes part that a run can consist of"
     dls = mim_dls(photos, img_size=32, bs=8, crops_per_image=4, num_workers=0, seed=1, device='cpu', cache=0)
-    learn = mim_learner(dls, cbs=[Journal(), GradientAccumulation(16), CPUScaler(), Draws(), Counts(), *cbs], ema=.9, **tiny | small['bootmae'])
-    learn.recorder.train_metrics = True
+    learn = mim_learner(dls, cbs=[Journal(), GradientAccumulation(16), CPUScaler(), Draws(), Counts(), Poison(), *cbs], ema=.9, **tiny | small['bootmae'])
+    learn.recorder.train_metrics,learn.collapse_alarm.every = True, 2
     random.seed(n); np.random.seed(n); torch.manual_seed(n)
     return learn
 
@@ -286,7 +293,7 @@ def outcome(learn, folder):
     "All that a run leaves"
     rec = learn.recorder
     best = json.loads((folder/'best.json').read_text())['best']
-    return dict(lines=learn.journal.lines[-8:], draws=learn.draws.seen[-1:], values=[[*o] for o in rec.values], losses=[float(o) for o in rec.losses],
+    return dict(skips=learn.finite_guard.skips, looks=list(learn.collapse_alarm.log), lines=learn.journal.lines[-6:], draws=learn.draws.seen[-1:], values=[[*o] for o in rec.values], losses=[float(o) for o in rec.losses],
                 lrs=rec.lrs, iters=rec.iters,
                 hps={k: [float(o) for o in v] for k,v in getattr(rec, 'hps', {}).items()}, counts=learn.counts.n, best=best,
                 weights={k: v.clone() for k,v in learn.model.state_dict().items()})
@@ -364,6 +371,8 @@ changes = {
     'hyperparameters': lambda s, m: [o.update(wd=.05) for o in s['hypers']],
     'gradients': leave('gradients', default={}),
     'accumulated images': leave('callbacks', 'GradientAccumulation'),
+    'skipped batches': leave('callbacks', 'FiniteGuard'),
+    'looks of the alarm': leave('callbacks', 'CollapseAlarm'),
     'loss scale': leave('callbacks', 'CPUScaler'),
     'state of a user\'s callback': leave('callbacks', 'Counts'),
     'epoch and batch': lambda s, m: s['place'].update(batch=0),
