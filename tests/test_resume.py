@@ -293,8 +293,8 @@ def outcome(learn, folder):
     "All that a run leaves"
     rec = learn.recorder
     best = json.loads((folder/'best.json').read_text())['best']
-    return dict(skips=learn.finite_guard.skips, looks=list(learn.collapse_alarm.log), lines=learn.journal.lines[-6:], draws=learn.draws.seen[-1:], values=[[*o] for o in rec.values], losses=[float(o) for o in rec.losses],
-                lrs=rec.lrs, iters=rec.iters,
+    return dict(skips=learn.finite_guard.skips, looks=list(learn.collapse_alarm.log), lines=learn.journal.lines[-6:], draws=learn.draws.seen[-1:],
+                values=[[*o] for o in rec.values], losses=[float(o) for o in rec.losses], lrs=rec.lrs, iters=rec.iters,
                 hps={k: [float(o) for o in v] for k,v in getattr(rec, 'hps', {}).items()}, counts=learn.counts.n, best=best,
                 weights={k: v.clone() for k,v in learn.model.state_dict().items()})
 
