@@ -895,6 +895,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bootmae_nb.runs.RunState.before_fit': ('runs.html#runstate.before_fit', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.RunState.before_train': ('runs.html#runstate.before_train', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.RunState.save': ('runs.html#runstate.save', 'bootmae_nb/runs.py'),
+                                 'bootmae_nb.runs.RunState.stop': ('runs.html#runstate.stop', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs._as_saved': ('runs.html#_as_saved', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs._by_name': ('runs.html#_by_name', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs._callbacks': ('runs.html#_callbacks', 'bootmae_nb/runs.py'),

@@ -544,10 +544,16 @@ class RunState(Callback):
         for s,h in getattr(self, 'old_handlers', {}).items(): signal.signal(s, h)
         self.old_handlers = {}
 
+    def stop(self,
+        number:int=signal.SIGINT, # SIGINT: the fit ends with `KeyboardInterrupt`; SIGTERM: with status 143
+    ):
+        "Finish the step, save, and end the fit: what Ctrl-C does, for programs"
+        self.signal,self.signalled = number, time.monotonic()
+
     def _on_signal(self, number, frame):
         if os.getpid() != self.pid: return _in_worker(number)
         if self.signal is None:
-            self.signal,self.signalled = number, time.monotonic()
+            self.stop(number)
             os.write(2, b'\nstopping after this step, and saving; Ctrl-C again stops at once\n')
         elif number == signal.SIGINT and time.monotonic() - self.signalled > 1:       # the same Ctrl-C may arrive twice, from the terminal and from a launcher
             self._unwatch()
