@@ -149,7 +149,7 @@ def bombs():
 
 def bad_files():
     "What is no picture, under all kinds of names"
-    names = ['empty.jpg', 'page.jpg', 'noise.jpg', 'truncated.png', 'bomb.png', 'tiles.tif', 'truncated.jpg']
+    names = ['empty.jpg', 'page.jpg', 'noise.jpg', 'cut.png', 'bomb.png', 'tiles.tif', 'cut.jpg']
     suffixes = ['gif', 'svg', 'webp']
     renamed = {f'{Path(o).stem}_{i}.{s}': BROKEN[o][0] for o in names for i, s in enumerate(suffixes)}
     res = {k: v for k, (v, _) in BROKEN.items() if v} | {k: v for k, v in renamed.items() if v}
