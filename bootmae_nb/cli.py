@@ -119,17 +119,24 @@ def _of_run(args):
         if args['source'] is None: raise ValueError("no images were named: give a folder of images, or 'photos', or --resume and the folder of a run")
         return args
     saved = _read_run(args['resume'])['arguments']
-    given = {k: _plain(v) for k,v in args.items() if v is not None and v is not False}
+    given = {k: _plain(k, v) for k,v in args.items() if v is not None and v is not False}
     changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
     if changed and not args['allow_changes']:
         raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
     as_path = {k: Path(saved[k]) for k in ('weights',) if saved.get(k)}
     return args | saved | as_path | {k: args[k] for k in given} | dict(out=args['resume'])
 
-def _plain(o): return os.path.abspath(o) if isinstance(o, Path) or isinstance(o, str) and os.path.exists(o) else o
+def _plain(name, o):
+    "An argument as JSON, files and folders with their whole paths"
+    if isinstance(o, Path): return os.path.abspath(o)
+    is_file = name == 'source' and o != 'photos' or name == 'teacher' and o not in ('momentum', 'frozen') and os.path.exists(o)
+    return os.path.abspath(o) if is_file else o
 
 def _read_run(folder):
-    try: return json.loads((Path(folder)/'run.json').read_text())
+    try:
+        run = json.loads((Path(folder)/'run.json').read_text())
+        if not isinstance(run, dict) or not {'arguments', 'first', 'left_out'} <= run.keys(): raise ValueError('run.json lacks what was written there')
+        return run
     except (OSError, ValueError) as e: raise ValueError(f"{folder} holds no run of bootmae-train to go on with ({e}): give the folder that it wrote to") from e
 
 # %% ../nbs/30_cli.ipynb #b3d94859
@@ -149,7 +156,8 @@ def _train(a):
         if a.recipe: _first_says(r.for_batch(bs*learn.n_processes, epochs))
         _announce(learn, r.arch, device, precision, out)
         run = _begin(learn, a, dict(precision=precision, seed=learn.dls.train.seed, device=str(device)))
-        history,ended = _fit(learn, r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), run['first'], out if a.resume else None, a.allow_changes)
+        call = _call(r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), bs)
+        history,ended = _fit(learn, call, run['first'], out if a.resume else None, a.allow_changes)
         how = dict(source=a.source, recipe=a.recipe, epochs=epochs, stages=r.stages, bs=bs, schedule=a.schedule, lr=a.lr, clip=r.clip, ema=a.ema, precision=precision,
                    device=str(device), seed=learn.dls.train.seed, weights=a.weights, teacher=a.teacher, processes=learn.n_processes)
         if _first(): _write_run(learn, history, out, how)
@@ -181,14 +189,15 @@ def _learner(a, s, r, device, precision, bs, out):
 
 # %% ../nbs/30_cli.ipynb #e3d13254
 def _begin(learn, a, picked):
-    "What a run was started with, and its losses before training: of this run, or as the one that is gone on with has it"
+    "What a run was started with, and its losses before training: of this run, or as the one that is gone on with has it; written once the fit has begun"
     from bootmae_nb.checkpoints import write_whole
-    if a.resume: return _read_run(a.resume)
-    with learn.no_bar(): first = [*learn.validate()]
-    arguments = {k: _plain(v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')}
-    run = dict(arguments=arguments | {k: picked[k] for k in ('precision', 'seed')}, first=first, device=picked['device'],
-               left_out=[os.path.relpath(o, learn.dls.path) for o in learn.dls.left_out], started=datetime.now().isoformat(timespec='seconds'))
-    if _first(): write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
+    if a.resume: run = _read_run(a.resume)
+    else:
+        with learn.no_bar(): first = [*learn.validate()]
+        run = dict(first=first, left_out=[os.path.relpath(o, learn.dls.path) for o in learn.dls.left_out], started=datetime.now().isoformat(timespec='seconds'))
+    arguments = {k: _plain(k, v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')}
+    run |= dict(arguments=arguments | {k: picked[k] for k in ('precision', 'seed')}, device=picked['device'])
+    if _first(): learn.run_state.begun = lambda: write_whole(learn.run_state.folder/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
     return run
 
 # %% ../nbs/30_cli.ipynb #4b7be00b
@@ -238,7 +247,23 @@ class _PlainLog:
         print('  '.join(f"{f'{o:.4f}' if isinstance(o, float) else str(o):>{max(8, len(n))}}" for n,o in zip(self.names, row)), flush=True)
 
 # %% ../nbs/30_cli.ipynb #e1c89fd3
-def _fit(learn, r, epochs, lr, schedule, first, resume, allow_changes):
+def _call(r, epochs, lr, schedule, bs):
+    "The verb of the learner that trains, and its arguments"
+    if schedule == 'recipe': return 'fit_recipe', dict(recipe=r, epochs=epochs)
+    if r.stages > 1:
+        one = schedule == 'onecycle'
+        return 'fit_stages', dict(n_epoch=epochs, stages=r.stages, lr=lr or (1e-3 if one else None), schedule='one_cycle' if one else schedule)
+    if schedule == 'paper': return 'fit_paper', dict(n_epoch=epochs) | ({} if lr is None else dict(base_lr=lr*256/bs))
+    return 'fit_one_cycle', dict(n_epoch=epochs, lr_max=lr or 1e-3)
+
+def _resume(learn, verb, args, folder, allow_changes):
+    "Go on as it was begun; with `allow_changes`, with the arguments of now"
+    from bootmae_nb.runs import ResumeError, find_state
+    begun = find_state(folder)[1]['fit']['verb']
+    if begun != verb: raise ResumeError(f"the run in {folder} trains with {begun}, not with {verb}: that would be another run, start it in another folder")
+    learn.resume(folder, allow_changes, **(args if allow_changes else {}))
+
+def _fit(learn, call, first, resume, allow_changes):
     "Train; the losses by epoch as a table whose row 0 is before training, and the status to end with if the run was stopped"
     import time
     import pandas as pd
@@ -250,18 +275,16 @@ def _fit(learn, r, epochs, lr, schedule, first, resume, allow_changes):
     start,ended = time.perf_counter(), 0
     with nullcontext() if sys.stdout.isatty() else learn.no_bar():
         try:
-            if resume: learn.resume(resume, allow_changes)
-            elif schedule == 'recipe': learn.fit_recipe(r, epochs)
-            elif r.stages > 1: learn.fit_stages(epochs, r.stages, lr or (1e-3 if schedule == 'onecycle' else None), dict(onecycle='one_cycle').get(schedule, schedule))
-            elif schedule == 'paper': learn.fit_paper(epochs, **({} if lr is None else dict(base_lr=lr*256/learn.dls.train.bs)))
-            else: learn.fit_one_cycle(epochs, lr or 1e-3)
+            verb,args = call
+            if resume: _resume(learn, verb, args, resume, allow_changes)
+            else: getattr(learn, verb)(**args)
         except KeyboardInterrupt: ended = 130
         except SystemExit as e: ended = e.code
     took,state = time.perf_counter() - start, learn.run_state
     history = pd.DataFrame([[None]*len(parts) + first, *learn.recorder.values], columns=names).rename_axis('epoch')
     n_images = (learn.train_iter - state.first_step)*learn.dls.train.bs*learn.n_processes
     history.attrs = dict(seconds=round(took, 1), images_per_second=round(n_images/took, 1), interrupted=bool(ended))
-    if ended: _first_says(f'interrupted: writing what has been learnt so far; go on with: bootmae-train --resume {shlex.quote(str(state.folder))}')
+    if ended and not state.finished: _first_says(f'interrupted: writing what has been learnt so far; go on with: bootmae-train --resume {shlex.quote(str(state.folder))}')
     return history, ended
 
 # %% ../nbs/30_cli.ipynb #c79be177

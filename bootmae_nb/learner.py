@@ -59,10 +59,11 @@ def _autocasts(): return {o for o in ('cpu', 'cuda') if torch.is_autocast_enable
 class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
     first_epoch,first_batch,fit_call = 0, 0, None         # where the present fit begins; the verb and the arguments that it was called with
+    pending = None                                          # the state of a run that the next fit goes on with
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "As fastai's, but epochs before `start_epoch` do not take place at all"
-        self.first_epoch,self.first_batch = start_epoch, 0
+        self.first_epoch,self.first_batch = self.pending.epoch if self.pending else start_epoch, 0
         with self.added_cbs(cbs), self._tidy_on_error(): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
 
     def _do_fit(self):
@@ -81,7 +82,7 @@ class MimLearner(Learner):
         finally:
             for cb in self._grab_cbs(CPUBFloat16): cb.close()
             for cb in self._grab_cbs(MixedPrecision):
-                if cb.autocast is not None and cb.autocast.device in _autocasts() - was_on: cb.autocast.__exit__(None, None, None)
+                if (on := vars(cb).get('autocast')) is not None and on.device in _autocasts() - was_on: on.__exit__(None, None, None)
 
     @contextmanager
     def _tidy_on_error(self):
@@ -90,7 +91,8 @@ class MimLearner(Learner):
         try: yield
         except BaseException as e:
             if e.args and isinstance(e.args[0], str): e.args = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\n\t', '', e.args[0]), *e.args[1:]
-            for cb in self._grab_cbs(LRFinder): cb.after_fit()              # back to the weights before the search
+            for cb in self._grab_cbs(LRFinder):
+                if 'tmp_d' in vars(cb): cb.after_fit()                      # back to the weights before the search
             for cb in self.cbs:
                 if hasattr(type(cb), 'after_error'): cb.after_error()
                 cb.run = True
@@ -135,7 +137,7 @@ def remembered(f):
         finally: self.fit_call = None
     return _f
 
-for name in ('fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr'): setattr(MimLearner, name, remembered(getattr(MimLearner, name)))
+for name in ('fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune'): setattr(MimLearner, name, remembered(getattr(MimLearner, name)))
 
 # %% ../nbs/13_learner.ipynb #8b7beb57
 def prepare_dls(

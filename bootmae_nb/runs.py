@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ResumeError', 'pack', 'unpack', 'run_settings', 'environment', 'differences', 'read_info', 'unfinished', 'find_state',
-           'RunState']
+           'Pending', 'RunState']
 
 # %% ../nbs/14a_runs.ipynb #7e3bcb07
 import json, os, platform, random, re, signal, threading, time, warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 import bootmae_nb
 from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
 from .checkpoints import CheckpointError, file_digest, misfit, non_finite, save_model, write_whole
+from .data import listed_items
 from .distributed import any_process
 from .guards import FiniteGuard
 from .learner import MimLearner
@@ -236,11 +238,20 @@ def _encode_call(call):
     return dict(verb=call['verb'], args=args, objects={k: v for k,v in objects.items() if v})
 
 # %% ../nbs/14a_runs.ipynb #849d61e6
+def _images_of(dl): return [o[0] if isinstance(o, tuple|list) and len(o) else o for o in listed_items(dl.dataset) or []]
+
+def _look(o):
+    "A few pixels of an image that is no file"
+    x = np.asarray(o)
+    return x.shape, x[tuple(slice(None, None, max(1, n//4)) for n in x.shape)].tobytes()
+
 def _names_of(dl):
-    "Names of a loader's files, from the folder that they have in common; '' for an image that is no file"
-    names = [str(o) if isinstance(o, str|Path) else '' for o in getattr(dl.dataset, 'items', [])]
-    root = os.path.commonpath([os.path.dirname(o) for o in set(names)]) if names and all(map(os.path.isabs, names)) else ''
-    return [o.removeprefix(root) for o in names]
+    "Names of a loader's files, from the folder that they have in common; of other images what they look like"
+    images = _images_of(dl)
+    paths = [os.path.abspath(o) if isinstance(o, str|Path) else None for o in images]
+    folders = {os.path.dirname(o) for o in paths if o}
+    root = os.path.commonpath(folders) if folders else ''
+    return [p.removeprefix(root) if p else repr(_look(o)) for p,o in zip(paths, images)]
 
 def _data(dl):
     "How many images a loader has, and a digest of their names"
@@ -248,12 +259,17 @@ def _data(dl):
 
 def _sizes(dl, n=20_000):
     "Digest of the sizes of the first files, as a hint that they are not what they were"
-    size = lambda o: os.stat(o).st_size if isinstance(o, str|Path) and os.path.exists(o) else getattr(o, 'size', None)
-    return blake2b(repr([size(o) for o in getattr(dl.dataset, 'items', [])[:n]]).encode(), digest_size=16).hexdigest()
+    size = lambda o: os.stat(o).st_size if isinstance(o, str|Path) and os.path.exists(o) else None
+    return blake2b(repr([size(o) for o in _images_of(dl)[:n]]).encode(), digest_size=16).hexdigest()
 
 def _pipeline(tfms):
     "Transforms with their settings, without addresses"
-    return [' '.join(re.sub(r' at 0x[0-9a-f]+', '', str(f)).split()) for f in getattr(tfms, 'fs', [])]
+    return [_plain_repr(f) for f in getattr(tfms, 'fs', [])]
+
+def _plain_repr(o):
+    "What an object says of itself, without addresses; for one that says nothing, its class and its settings"
+    bare = lambda x: ' '.join(re.sub(r' at 0x[0-9a-f]+', '', str(x)).split())
+    return f'{bare(o)} {bare(vars(o))}' if type(o).__repr__ is object.__repr__ and hasattr(o, '__dict__') else bare(o)
 
 _cb_settings = {GradientAccumulation: ('n_acc',), GradientClip: ('max_norm', 'norm_type'), MomentumTeacher: ('decay_arg', 'scale', 'dynamic'),
                 FeatureWeight: ('weight',), StagedTeacher: ('stages', 'seed'), FiniteGuard: ('clip', 'max_input'), CPUBFloat16: ()}
@@ -271,10 +287,12 @@ def run_settings(
     learn:MimLearner, # A learner in a fit
 ) -> dict: # JSON
     "Everything that a run has to keep to go on as it was"
-    train,opt = learn.dls.train, learn.opt
-    res = dict(model=get_model(learn.model).config, images=[_data(dl) for dl in learn.dls], batch_size=train.bs, seed=train.seed, processes=learn.n_processes,
+    train,opt,model = learn.dls.train, learn.opt, get_model(learn.model)
+    res = dict(model=model.config, trained=sum(p.requires_grad for p in model.parameters()), mask=_plain_repr(learn.mim_batch.masker or model.method.masker),
+               images=[_data(dl) for dl in learn.dls], batch_size=train.bs, seed=train.seed, processes=learn.n_processes,
                augmentation=_pipeline(train.after_item), transforms=[o for o in _pipeline(train.after_batch) if not o.startswith('MaskBatch')],
-               optimizer=dict(name=type(getattr(opt, 'opt', opt)).__name__, wd=learn.wd) | {k: v for k,v in opt.hypers[0].items() if k in ('eps', 'sqr_mom')},
+               optimizer=dict(name=type(getattr(opt, 'opt', opt)).__name__, wd=learn.wd, lr=learn.lr, moms=learn.moms) |
+                         {k: v for k,v in opt.hypers[0].items() if k in ('eps', 'sqr_mom')},
                callbacks={k: _encode(o) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, RunState) and (o := _settings_of(cb)) is not None})
     if learn.fit_call: res['fit'] = {k: v for k,v in _encode_call(learn.fit_call).items() if k != 'objects'}
     return json.loads(json.dumps(_encode(res)))
@@ -309,20 +327,27 @@ def _remove(path):
     "Remove a state, its JSON first, so that no half of one is taken for a whole"
     path.unlink(missing_ok=True); path.with_suffix('.safetensors').unlink(missing_ok=True)
 
+_described = 'format', 'sha256', 'finished', 'epoch', 'n_epoch', 'run_state', 'fit', 'settings', 'environment'
+
 def read_info(
     path:Path, # JSON of a state
 ) -> dict:
     "What is known of a state without opening it"
-    try: return json.loads(path.read_text())
+    try: info = json.loads(path.read_text())
     except (OSError, ValueError) as e: raise ResumeError(f"{path} cannot be read ({e})") from e
+    if not isinstance(info, dict) or not set(_described) <= info.keys():
+        raise ResumeError(f"{path} is no description of a state of a run")
+    return info
 
 def unfinished(
     folder:str|Path, # Folder of a run, or of none
 ) -> str: # e.g. 'epoch 3 of 10'; '' if there is no run, or it was finished
     "Where a run in a folder was stopped"
-    newest = next(iter(_states(folder)), None)
-    info = read_info(newest) if newest else dict(finished=True)
-    return '' if info['finished'] else f"epoch {info['epoch'] + 1} of {info['n_epoch']}"
+    for path in _states(folder):
+        try: info = read_info(path)
+        except ResumeError: continue
+        return '' if info['finished'] else f"epoch {info['epoch'] + 1} of {info['n_epoch']}"
+    return ''
 
 def find_state(
     folder:str|Path, # Folder of a run
@@ -348,6 +373,16 @@ def _read_state(file):
         return unpack(json.loads(head['content']), load_file(file))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e: raise ResumeError(f"{file} cannot be read ({str(e).splitlines()[0]})") from e
 
+# %% ../nbs/14a_runs.ipynb #d5673a65
+@dataclass
+class Pending:
+    "The state of a run that the next fit is to go on with"
+    file: Path
+    info: dict
+    allow_changes: bool
+    @property
+    def epoch(self): return self.info['epoch']
+
 # %% ../nbs/14a_runs.ipynb #55a02702
 class RunState(Callback):
     "Save the whole state of a run now and then, and when it is stopped, for `MimLearner.resume`"
@@ -364,19 +399,29 @@ class RunState(Callback):
         for name,n in dict(steps=steps, minutes=minutes, epochs=epochs, keep=keep).items():
             if n is not None and n <= 0: raise ValueError(f"{name}={n} is not above 0: give a positive number{'' if name == 'keep' else ', or None'}")
         self.arguments = dict(steps=steps, minutes=minutes, epochs=epochs, keep=keep, best=best)
-        self.folder,self.overwrite,self.saved,self.saving = Path(folder), overwrite, None, False
+        self.folder,self.overwrite,self.saved,self.begun = Path(folder), overwrite, None, None       # `begun` is called when nothing was refused
         for k,v in self.arguments.items(): setattr(self, k, v)
 
     def before_fit(self):
         self.run = is_fit(self.learn)
         if not self.run: return
-        pending = getattr(self.learn, 'pending', None)
+        pending,self.learn.pending = self.learn.pending, None
+        self._refuse()
         self._prepare(pending)
-        self.settings_now,self.top,self.position,self.figures,self.finished = run_settings(self.learn), None, (0, 0), None, False
+        self.settings_now,self.figures,self.finished = run_settings(self.learn), None, False
+        self.top,self.position,self.n_rows = None, (self.learn.first_epoch, 0), 0
         self.first_step,self.last_step,self.last_time,self.saved_position,self.signal,self.between = 0, 0, time.monotonic(), None, None, None
-        if pending: self._restore(*pending)
+        if pending: self._restore(pending)
         else: self._first()
+        if self.begun: self.begun()
         self._watch()
+
+    def _refuse(self):
+        "What cannot be gone on with"
+        if self.learn.fit_call['verb'] == 'fine_tune':
+            raise ResumeError("fine_tune is two fits, of which RunState could go on with one only: call fit_one_cycle twice")
+        if len(self.learn._grab_cbs(RunState)) > 1:
+            raise ResumeError("there are two RunState callbacks, in the learner and in the call of the fit: leave one of them out")
 
     def _prepare(self, pending):
         "Make sure, before anything takes long, that the folder can be written to and holds no run that would be lost"
@@ -389,16 +434,25 @@ class RunState(Callback):
 
     def _first(self):
         "Save the beginning, so that every moment can be gone on from, and a disk that is too small shows now"
-        old = _states(self.folder)
+        old,self.top = _states(self.folder), self._best_before()
         self.save(must=True)
         if rank_distrib() == 0:
             for path in old: _remove(path)
 
+    def _best_before(self):
+        "The best model in the folder, if an earlier fit of this model left one"
+        try: about = json.loads((self.folder/'best.json').read_text())
+        except (OSError, ValueError): return None
+        same = not self.overwrite and about.get('config') == self.settings_now['model'] and about.get('best', {}).get('column') == self.best
+        return about['best'] if same else None
+
     # ---- going on
 
-    def _restore(self, file, info, changed):
+    def _restore(self, pending):
+        file,info = pending.file, pending.info
         wrong = differences(info['settings'], self.settings_now)
-        if wrong and not changed: raise ResumeError(f"{self.folder} was started with other settings: {'; '.join(wrong)}. Start it as it was, or say allow_changes")
+        if wrong and not pending.allow_changes:
+            raise ResumeError(f"{self.folder} was started with other settings: {'; '.join(wrong)}. Start it as it was, or say allow_changes")
         self._tell_environment(info)
         state = _read_state(file)
         _as_saved(self.learn, state['model'], state['config'])
@@ -407,6 +461,7 @@ class RunState(Callback):
         self.mine = state['ranks'][rank_distrib()] if rank_distrib() < len(state['ranks']) else {}
         for dl,bad in zip(self.dls.loaders, self.mine.get('bad', [])): dl.mark_bad([*bad, *(os.path.join(self.dls.path, o) for o in bad)])
         self._restore_place(state['place'])
+        if info['finished'] and self.n_epoch <= info['n_epoch']: self.learn.first_epoch = self.n_epoch           # nothing is left to do
 
     def _restore_place(self, place):
         learn,n_iter = self.learn, len(self.dls.train)
@@ -423,7 +478,7 @@ class RunState(Callback):
         if other: warnings.warn(f"this is not where the run was saved ({'; '.join(other)}): it goes on, but perhaps not to the same last digits", stacklevel=2)
 
     def before_train(self):
-        self.figures = None
+        self.figures,self.n_rows = None, len(self.recorder.values)
         if self.epoch == self.learn.first_epoch and hasattr(self, 'mine'): self._restore_in_epoch()
         self.between = _generators()                                    # within a step they are those of the step
 
@@ -457,8 +512,16 @@ class RunState(Callback):
 
     def after_fit(self):
         if not self.run: return
-        if not self.finished and self.saved_position != (*self.position, True): self.finished = True; self.save()
+        if not self.finished: self._end_early()
+        self._agree(False)
         self._unwatch()
+        if self.signal is not None: self._leave()
+
+    def _end_early(self):
+        "Save a run that another callback has ended, before the end of all epochs"
+        if self.position[1] and len(self.recorder.values) > self.n_rows: self.position,self.figures = (self.epoch + 1, 0), None; self._keep_best()
+        self.finished = True
+        self.save()
 
     def after_error(self):
         if self.run: self._unwatch()
@@ -561,7 +624,9 @@ class RunState(Callback):
 
     def _leave(self):
         number,where = self.signal, f"epoch {self.position[0] + 1}, after batch {self.position[1]}" if self.position[1] else f"epoch {self.position[0]}, after its end"
-        text = f"stopped in {where}; the state is in {self.folder}: go on with learn.resume({str(self.folder)!r})"
+        whole = self.saved_position == (*self.position, self.finished)
+        state = 'its state is saved' if whole else f'its state could not be saved, the last whole one is {self.saved or "an earlier one"}'
+        text = f"stopped in {where}; {state}: go on with learn.resume({str(self.folder)!r})"
         if number == signal.SIGTERM:
             if not rank_distrib(): print(text, flush=True)
             raise SystemExit(128 + signal.SIGTERM)
@@ -589,13 +654,17 @@ def resume(self:MimLearner,
 ):
     "Go on with a run that was stopped, where it was stopped: the learner must be made as it was, the fit is called as it was"
     file,info = find_state(folder)
-    call = info['fit']
+    call,given = info['fit'], [*self.cbs, *L(again.get('cbs'))]
     for k,names in call['objects'].items():
-        given = {type(o).__name__ for o in L(again.get(k))}
-        if lacking := [o for o in names if o not in given]:
+        if lacking := [o for o in names if o not in {type(o).__name__ for o in L(again.get(k))}]:
             raise ResumeError(f"the fit was called with {k}={', '.join(names)}, which a file cannot hold: give {k}= to resume again ({', '.join(lacking)} is missing)")
-    args = _decode(call['args']) | again | dict(start_epoch=info['epoch'])
-    if not any(isinstance(cb, RunState) for cb in [*self.cbs, *L(again.get('cbs'))]): args['cbs'] = [*L(again.get('cbs')), RunState(folder, **info['run_state'])]
-    self.pending = file, info, allow_changes
+    args = _decode(call['args']) | again
+    states = [cb for cb in given if isinstance(cb, RunState)]
+    if any(cb.folder.resolve() != Path(folder).resolve() for cb in states):
+        raise ResumeError(f"the RunState of this learner writes to {states[0].folder}, and the run to go on with is in {folder}: give both the same folder")
+    if not states: args['cbs'] = [*L(again.get('cbs')), RunState(folder, **info['run_state'])]
+    for cb in given:
+        if isinstance(cb, CSVLogger): cb.append = True                  # or the rows of the run so far would be gone
+    self.pending = Pending(file, info, allow_changes)
     try: return getattr(self, call['verb'])(**args)
     finally: self.pending = None

@@ -1,10 +1,12 @@
 """What all tests share: a sensible number of threads, the data beside the checkout, skips that say why."""
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 root = Path(__file__).parents[1]
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # as in a terminal, when run in the background
 torch.set_num_threads(1) # small tensors: more threads only wait for each other, and for minutes where the cores are busy
 
 

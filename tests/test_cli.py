@@ -243,9 +243,9 @@ def test_convert_refuses_in_a_sentence(trained, args, says, tmp_path, capsys, mo
 
 # ---- stopped, and gone on with
 
-def started(*args, until):
+def started(*args, until, cwd=None):
     "A command that runs until a file is there"
-    p = subprocess.Popen([bin/'bootmae-train', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True,
+    p = subprocess.Popen([bin/'bootmae-train', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True, cwd=cwd,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not until.exists(): assert p.poll() is None, p.stderr.read(); time.sleep(.02)
     return p
@@ -293,13 +293,21 @@ def test_a_file_that_went_bad_in_the_meantime_keeps_its_place(folder, tmp_path):
     "Another takes it, and the run goes on with the same list of images; what was left out at first stays out"
     import shutil
     images = tmp_path/'images'; shutil.copytree(folder, images)
-    p = started(images, *small, '--epochs', 3, '--crops', 4, '--out', tmp_path/'run', '--state-steps', 1, until=tmp_path/'run'/'reconstructions'/'epoch_0001.png')
+    (tmp_path/'bootmae').mkdir(); (tmp_path/'photos').mkdir()           # folders of the names of arguments
+    p = started('images', *small, '--method', 'bootmae', '--epochs', 3, '--crops', 4, '--out', 'run', '--state-steps', 1, cwd=tmp_path,
+                until=tmp_path/'run'/'reconstructions'/'epoch_0001.png')
     p.kill(); p.communicate(timeout=60)
     spoilt = sorted(images.rglob('*.jpg'))[2]
     spoilt.write_bytes(spoilt.read_bytes()[:700])
     done = run('bootmae-train', '--resume', tmp_path/'run')
     assert done.returncode == 0 and spoilt.name in done.stderr and 'Traceback' not in done.stderr, done.stderr
     assert json.loads((tmp_path/'run'/'run.json').read_text())['left_out'] == ['broken.png']
+    more = run('bootmae-train', '--resume', tmp_path/'run', '--epochs', 4, '--bs', 5, '--allow-changes')
+    assert more.returncode == 0 and len((tmp_path/'run'/'history.csv').read_text().splitlines()) == 6, more.stderr       # names, before training, four epochs
+    again = run('bootmae-train', '--resume', tmp_path/'run')
+    assert again.returncode == 0, again.stderr                          # what was changed is remembered
+    (tmp_path/'run'/'run.json').write_text('{}')
+    assert 'run.json lacks' in run('bootmae-train', '--resume', tmp_path/'run').stderr
 
 
 def test_what_cannot_be_gone_on_with(tmp_path):

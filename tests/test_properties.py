@@ -50,7 +50,7 @@ def edit(data, edits, others):
         if kind == 'drop': del data[at:at + length + 1]
         if kind == 'cut': del data[at:]
         if kind == 'size': data[at:at + 4] = struct.pack('<>'[number % 2] + 'I', (0, 1, 2**16 - 1, 2**31 - 1, 2**32 - 1, 20_000, 70_000)[number % 7])
-        if kind == 'splice': other = others[number % len(others)]; data[at:] = other[int(place * len(other)):]
+        if kind == 'splice': other = others[number % len(others)]; data[max(at, 1):] = other[int(place * len(other)):]      # never a whole other file
         if kind == 'repeat': data[at:at] = data[at:at + 16 * length]
         if kind == 'checksums': data = with_checksums(data)
     return bytes(data)
@@ -142,7 +142,7 @@ def test_the_seeds_cover_every_format_and_are_whole():
 
 
 def test_any_damage_gives_an_image_or_one_sentence():
-    "3,000 damaged files of all formats, with 600 MB to spare"
+    "3,000 damaged files of all formats, with 2 GB to spare, of which the threads of decoders reserve a part"
     folder, outcomes, names = Path(tempfile.mkdtemp()), [], list(SEEDS)
 
     @settings(fixed, max_examples=3000)
@@ -152,7 +152,7 @@ def test_any_damage_gives_an_image_or_one_sentence():
         path.write_bytes(edit(SEEDS[seed], what, [SEEDS[o] for o in names]))
         check_image(path, outcomes)
 
-    with memory_limit(600*2**20): check()
+    with memory_limit(2*2**30): check()
     path = folder/'damaged.img'; path.unlink(); folder.rmdir()
     assert len(outcomes) >= 3000 and .1 < np.mean(outcomes) < .9, 'most damage is of one kind'
 

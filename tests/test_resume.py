@@ -23,6 +23,7 @@ from bootmae_nb.checkpoints import load_model
 from bootmae_nb.data import mim_dls
 from bootmae_nb.images import sample_photo, sample_photos
 from bootmae_nb.learner import mim_learner
+from bootmae_nb.masking import make_mask
 from bootmae_nb.runs import ResumeError, RunState, find_state
 from bootmae_nb.vit import make_encoder
 
@@ -476,6 +477,7 @@ Any.__name__ = 'StopAt'
 @pytest.mark.parametrize('kw,says', [(dict(seed=2), 'seed: 1 -> 2'), (dict(images='folder'), 'images.0.digest'),
     (dict(cbs=[GradientAccumulation(16)]), 'GradientAccumulation.n_acc: absent -> 16'),
                                      (dict(ema=.5), 'MomentumTeacher.decay_arg: None -> 0.5'),
+    (dict(lr=.1), 'lr: 0.001 -> 0.1'), (dict(moms=(.8, .8, .8)), 'moms'), (dict(mask=make_mask('random')), 'mask: '),
     (dict(width=48, pixel_width=48), 'model.width: 32 -> 48'), (dict(precision='bf16'), 'CPUBFloat16'),
                                      (dict(wd=.1), 'wd: 0.05 -> 0.1'), (dict(mask='random'), "method.mask: 'block' -> 'random'")], ids=str)
 def test_other_settings_are_named_and_refused(kw, says, tmp_path, photos):
@@ -506,6 +508,76 @@ def test_moved_folders_and_other_workers_change_nothing(tmp_path, photos):
     learn = learner(images=tmp_path/'elsewhere', workers=2)
     quietly(learn, 'resume', tmp_path/'moved', cbs=Any())
     assert find_state(tmp_path/'moved')[1]['finished']
+
+
+def test_every_verb_begins_where_the_run_was(tmp_path):
+    for i,fit in enumerate((lambda learn, **kw: learn.fit_flat_cos(2, 1e-2, **kw), lambda learn, **kw: learn.fit(2, slice(1e-3, 1e-2), **kw),
+                            lambda learn, **kw: learn.fit_one_cycle(3, 1e-2, start_epoch=1, **kw))):
+        whole,part,rest = learner(cbs=[Journal()]), learner(cbs=[StopAt(1, 1)]), learner(cbs=[Journal()])
+        with whole.no_bar(), whole.no_logging(), part.no_bar(), part.no_logging():
+            fit(whole)
+            with pytest.raises(RuntimeError): fit(part, cbs=RunState(tmp_path/str(i), steps=2 if i < 2 else 100, epochs=None))
+        quietly(rest, 'resume', tmp_path/str(i))
+        assert rest.journal.lines == whole.journal.lines[-len(rest.journal.lines):] and len(rest.journal.lines) == (4 if i < 2 else 10)
+
+
+def test_a_search_or_a_table_of_files_too(tmp_path, photos):
+    "Loaders of fastai from a table: bad batches are named, other rows are another run"
+    import pandas as pd
+    from fastai.vision.augment import Resize
+    from fastai.vision.data import ImageDataLoaders
+    def made(df, *cbs):
+        dls = ImageDataLoaders.from_df(df, photos, item_tfms=Resize(32), bs=4, seed=1, num_workers=0, device='cpu')
+        return mim_learner(dls, cbs=[Journal(), *cbs], **tiny | small['bootmae'])
+    df = pd.DataFrame(dict(name=[f'{p.name}.png' for p in sample_photos()], label=0))
+    learn = made(df, Poison(), StopAt(1, 0))
+    with pytest.warns(UserWarning, match=r'\.png'), pytest.raises(RuntimeError): quietly(learn, 'fit_one_cycle', 2, 1e-3, cbs=RunState(tmp_path, steps=1))
+    with pytest.raises(ResumeError, match='images.0.digest'): quietly(made(df[::-1].reset_index(drop=True)), 'resume', tmp_path)
+    whole,rest = made(df, Poison()), made(df, Poison())
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); quietly(whole, 'fit_one_cycle', 2, 1e-3); quietly(rest, 'resume', tmp_path)
+    assert equal(state(whole.model), state(rest.model))
+
+
+def test_another_folder_two_callbacks_and_fine_tune_are_refused(tmp_path):
+    stopped(tmp_path/'a')
+    with pytest.raises(ResumeError, match='writes to .*b, and the run to go on with is in .*a'): learner(cbs=[RunState(tmp_path/'b')]).resume(tmp_path/'a', cbs=Any())
+    with pytest.raises(ResumeError, match='two RunState callbacks'): quietly(learner(cbs=[RunState(tmp_path/'b')]), 'fit', 1, cbs=RunState(tmp_path/'b'))
+    with pytest.raises(ResumeError, match='fine_tune is two fits'): quietly(learner(), 'fine_tune', 1, cbs=RunState(tmp_path/'b'))
+    assert not [*(tmp_path/'b').rglob('*.json')]
+
+
+def test_a_signal_in_the_last_validation_is_not_swallowed(tmp_path):
+    class Tell(Callback):
+        def after_validate(self):
+            if self.epoch == 1: os.kill(os.getpid(), signal.SIGTERM)
+    learn = learner()
+    with pytest.raises(SystemExit) as e: quietly(learn, 'fit_one_cycle', 2, 1e-2, cbs=[Tell(), RunState(tmp_path)])
+    assert e.value.code == 143 and find_state(tmp_path)[1]['finished']
+
+
+def test_a_run_that_stopped_early_is_finished_and_its_best_model_kept(tmp_path):
+    from fastai.callback.tracker import EarlyStoppingCallback
+    learn = learner(); quietly(learn, 'fit', 4, 1e-5, cbs=[EarlyStoppingCallback(min_delta=100), RunState(tmp_path)])
+    rows,info = [[*o] for o in learn.recorder.values], find_state(tmp_path)[1]
+    assert len(rows) == 2 and info['finished'] and (info['epoch'], info['batch']) == (2, 0)
+    assert json.loads((tmp_path/'best.json').read_text())['best']['value'] == pytest.approx(min(o[1] for o in rows))
+    again = learner(); quietly(again, 'resume', tmp_path, cbs=EarlyStoppingCallback(min_delta=100))
+    assert [[*o] for o in again.recorder.values] == rows and equal(state(again.model), state(learn.model))
+
+
+def test_the_best_of_two_fits_in_one_folder(tmp_path):
+    learn = learner()
+    quietly(learn, 'fit_one_cycle', 2, 1e-2, cbs=RunState(tmp_path)); first = json.loads((tmp_path/'best.json').read_text())['best']
+    quietly(learn, 'fit', 1, .5, cbs=RunState(tmp_path))
+    assert learn.recorder.values[-1][1] > first['value'] and json.loads((tmp_path/'best.json').read_text())['best'] == first
+
+
+@pytest.mark.parametrize('text', ['[]', '{"format": "bootmae_nb run 1"}', '{"finished": false}', ''])
+def test_a_damaged_description_gives_way_too(text, tmp_path):
+    stopped(tmp_path)
+    newest = sorted((tmp_path/'state').glob('*.json'))[-1]; newest.write_text(text)
+    with pytest.warns(UserWarning, match='The state before it is taken'): assert find_state(tmp_path)[0].stem < newest.stem
+    with pytest.raises(ResumeError, match='holds a run that stopped'): quietly(learner(), 'fit', 1, cbs=RunState(tmp_path))
 
 
 def test_a_damaged_state_gives_way_to_the_one_before(tmp_path):
