@@ -251,8 +251,21 @@ def started(*args, until, cwd=None):
     return p
 
 
-@pytest.mark.parametrize('number,status,workers', [(signal.SIGKILL, -9, 0), (signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 2)])
-def test_a_run_that_is_stopped_goes_on_to_the_weights_of_one_that_was_not(number, status, workers, trained, folder, tmp_path):
+def refused(*args, monkeypatch, capsys):
+    "What a command that must be refused says, without the time that a process takes to start"
+    monkeypatch.setattr(sys, 'argv', ['bootmae-train', *map(str, args)])
+    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu')
+    with pytest.raises(SystemExit) as e: parse_and_run()
+    assert e.value.code == 2
+    return capsys.readouterr().err
+
+
+slow = dict(marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('number,status,workers', [
+    pytest.param(signal.SIGKILL, -9, 0, **slow), pytest.param(signal.SIGINT, 130, 0, **slow), (signal.SIGTERM, 143, 2)])
+def test_a_run_that_is_stopped_goes_on_to_the_weights_of_one_that_was_not(number, status, workers, trained, folder, tmp_path, monkeypatch, capsys):
     "By a kill, by Ctrl-C to all processes, or by SIGTERM to all processes"
     out = tmp_path/'run'
     args = folder, *small, '--epochs', 3, '--crops', 4, '--lr', 1e-3, '--out', out, '--seed', 3
@@ -260,16 +273,15 @@ def test_a_run_that_is_stopped_goes_on_to_the_weights_of_one_that_was_not(number
     os.killpg(p.pid, number)
     text,_ = p.communicate(timeout=60)
     assert p.returncode == status and ('--resume' in text) == (number != signal.SIGKILL)
-    again = run('bootmae-train', *args)
-    assert again.returncode == 2 and 'holds a run that stopped in epoch' in again.stderr and '--resume' in again.stderr
-    other = run('bootmae-train', '--resume', out, '--bs', 2)
-    assert other.returncode == 2 and 'bs: 4 -> 2' in other.stderr and '--allow-changes' in other.stderr
+    text = refused(*args, monkeypatch=monkeypatch, capsys=capsys)
+    assert 'holds a run that stopped in epoch' in text and '--resume' in text
+    text = refused('--resume', out, '--bs', 2, monkeypatch=monkeypatch, capsys=capsys)
+    assert 'bs: 4 -> 2' in text and '--allow-changes' in text
     done = run('bootmae-train', '--resume', out)
     assert done.returncode == 0, done.stderr
     assert same_weights(out, trained[0])
     mine,theirs = ([{k: v for k,v in row.items()} for row in csv.DictReader(open(o/'history.csv'))] for o in (out, trained[0]))
     assert mine == theirs and len(mine) == 4
-    assert run('bootmae-train', '--resume', out).returncode == 0, 'a finished run is finished'
 
 
 def same_weights(a, b):
@@ -277,6 +289,7 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 
 
+@pytest.mark.slow
 def test_a_recipe_with_stages_goes_on(folder, tmp_path):
     sizes = 'width=48', 'depth=2', 'heads=3', 'feature_width=32', 'feature_depth=1', 'feature_heads=2'
     args = folder, *small[:8], '--set', *sizes, '--method', 'dbot', '--stages', 2, '--epochs', 2, '--crops', 4, '--seed', 3
@@ -302,18 +315,24 @@ def test_a_file_that_went_bad_in_the_meantime_keeps_its_place(folder, tmp_path):
     done = run('bootmae-train', '--resume', tmp_path/'run')
     assert done.returncode == 0 and spoilt.name in done.stderr and 'Traceback' not in done.stderr, done.stderr
     assert json.loads((tmp_path/'run'/'run.json').read_text())['left_out'] == ['broken.png']
+
+
+@pytest.mark.slow
+def test_a_run_is_made_longer_and_what_was_changed_is_remembered(folder, tmp_path):
+    assert run('bootmae-train', folder, *small, '--epochs', 3, '--crops', 4, '--out', tmp_path/'run').returncode == 0
+    assert run('bootmae-train', '--resume', tmp_path/'run').returncode == 0, 'a finished run is finished'
     more = run('bootmae-train', '--resume', tmp_path/'run', '--epochs', 4, '--bs', 5, '--allow-changes')
     assert more.returncode == 0 and len((tmp_path/'run'/'history.csv').read_text().splitlines()) == 6, more.stderr       # names, before training, four epochs
     again = run('bootmae-train', '--resume', tmp_path/'run')
     assert again.returncode == 0, again.stderr                          # what was changed is remembered
-    (tmp_path/'run'/'run.json').write_text('{}')
-    assert 'run.json lacks' in run('bootmae-train', '--resume', tmp_path/'run').stderr
 
 
-def test_what_cannot_be_gone_on_with(tmp_path):
-    done = run('bootmae-train', '--resume', tmp_path)
-    assert done.returncode == 2 and 'holds no run of bootmae-train' in done.stderr and 'Traceback' not in done.stderr
-    assert 'no images were named' in run('bootmae-train').stderr
+def test_what_cannot_be_gone_on_with(tmp_path, monkeypatch, capsys):
+    for args,says in ((['--resume', tmp_path], 'holds no run of bootmae-train'), ([], 'no images were named')):
+        text = refused(*args, monkeypatch=monkeypatch, capsys=capsys)
+        assert says in text and len(text.strip().splitlines()) == 1
+    (tmp_path/'run.json').write_text('{}')
+    assert 'run.json lacks' in refused('--resume', tmp_path, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.mark.slow

@@ -129,7 +129,6 @@ def test_killed_in_an_epoch_and_gone_on_with_to_the_bit(where, workers, tmp_path
 
 
 @pytest.mark.parametrize('fit,method,kill', [('paper', 'mae', (2, 1)), ('recipe', 'mae', (1, 3)), ('stages', 'dbot', (2, 1)),
-                                             ('stages', 'dbot', (3, 2)), ('one_cycle', 'dbot', (0, 0)),
                                              ('one_cycle', 'bootmae', (1, 2, 'before_step'))])
 def test_killed_under_every_schedule(fit, method, kill, tmp_path, whole): check(tmp_path, whole, fit, kill, method=method)
 
