@@ -882,6 +882,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bootmae_nb.runs.RunState._from_home': ('runs.html#runstate._from_home', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.RunState._keep_best': ('runs.html#runstate._keep_best', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.RunState._leave': ('runs.html#runstate._leave', 'bootmae_nb/runs.py'),
+                                 'bootmae_nb.runs.RunState._must_write': ('runs.html#runstate._must_write', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.RunState._on_signal': ('runs.html#runstate._on_signal', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.RunState._prepare': ('runs.html#runstate._prepare', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.RunState._refuse': ('runs.html#runstate._refuse', 'bootmae_nb/runs.py'),

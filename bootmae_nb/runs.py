@@ -31,7 +31,7 @@ import bootmae_nb
 from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
 from .checkpoints import CheckpointError, file_digest, misfit, non_finite, save_model, write_whole
 from .data import listed_items
-from .distributed import any_process
+from .distributed import any_process, from_rank0
 from .guards import FiniteGuard
 from .learner import MimLearner
 from .models import plain, teach_self
@@ -409,7 +409,7 @@ class RunState(Callback):
         self._refuse()
         self._prepare(pending)
         self.settings_now,self.figures,self.finished = run_settings(self.learn), None, False
-        self.top,self.position,self.n_rows = None, (self.learn.first_epoch, 0), 0
+        self.top,self.position,self.n_rows,self.mine = None, (self.learn.first_epoch, 0), 0, None
         self.first_step,self.last_step,self.last_time,self.saved_position,self.signal,self.between = 0, 0, time.monotonic(), None, None, None
         if pending: self._restore(pending)
         else: self._first()
@@ -425,12 +425,10 @@ class RunState(Callback):
 
     def _prepare(self, pending):
         "Make sure, before anything takes long, that the folder can be written to and holds no run that would be lost"
-        if rank_distrib(): return
         if not pending and not self.overwrite and (at := unfinished(self.folder)):
             raise ResumeError(f"{self.folder} holds a run that stopped in {at}: go on with it (learn.resume, bootmae-train --resume), choose another folder, "
                               "or say overwrite")
-        probe = write_whole(self.folder/'state'/'probe', lambda p: p.write_bytes(b''))
-        probe.unlink()
+        from_rank0(lambda: write_whole(self.folder/'state'/'probe', lambda p: p.write_bytes(b'')).unlink())
 
     def _first(self):
         "Save the beginning, so that every moment can be gone on from, and a disk that is too small shows now"
@@ -461,7 +459,7 @@ class RunState(Callback):
         self.mine = state['ranks'][rank_distrib()] if rank_distrib() < len(state['ranks']) else {}
         for dl,bad in zip(self.dls.loaders, self.mine.get('bad', [])): dl.mark_bad([*bad, *(os.path.join(self.dls.path, o) for o in bad)])
         self._restore_place(state['place'])
-        if info['finished'] and self.n_epoch <= info['n_epoch']: self.learn.first_epoch = self.n_epoch           # nothing is left to do
+        if info['finished'] and self.n_epoch <= info['n_epoch']: self.learn.first_epoch,self.finished = self.n_epoch, True      # nothing is left to do
 
     def _restore_place(self, place):
         learn,n_iter = self.learn, len(self.dls.train)
@@ -479,7 +477,7 @@ class RunState(Callback):
 
     def before_train(self):
         self.figures,self.n_rows = None, len(self.recorder.values)
-        if self.epoch == self.learn.first_epoch and hasattr(self, 'mine'): self._restore_in_epoch()
+        if self.epoch == self.learn.first_epoch and self.mine is not None: self._restore_in_epoch()
         self.between = _generators()                                    # within a step they are those of the step
 
     def _restore_in_epoch(self):
@@ -487,8 +485,7 @@ class RunState(Callback):
         if self.learn.first_batch: self.learn.pct_train = self.pct
         _set_metrics(self.learn, self.mine.get('metrics', [])[:None if self.learn.first_batch else 1])      # the smoothed loss goes on in the next epoch, means do not
         _set_generators(self.mine.get('generators', {}))
-        del self.mine
-
+        self.mine = None
 
     # ---- when to save
 
@@ -513,9 +510,9 @@ class RunState(Callback):
     def after_fit(self):
         if not self.run: return
         if not self.finished: self._end_early()
-        self._agree(False)
+        stop,_ = self._agree(False)
         self._unwatch()
-        if self.signal is not None: self._leave()
+        if stop: self._leave()
 
     def _end_early(self):
         "Save a run that another callback has ended, before the end of all epochs"
@@ -532,8 +529,8 @@ class RunState(Callback):
     def _agree(self, due):
         "Whether any process was told to stop, and whether it is time to save"
         interrupted,terminated,due = any_process(self.signal == signal.SIGINT, self.signal == signal.SIGTERM, due)
-        self.signal = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
-        return self.signal is not None, due
+        if interrupted or terminated: self.signal = signal.SIGTERM if terminated else signal.SIGINT      # a signal that comes at this moment is for the next step
+        return interrupted or terminated, due
 
     # ---- saving
 
@@ -545,14 +542,19 @@ class RunState(Callback):
                    bad=[[self._from_home(o) for o in dl.bad_files()] for dl in self.dls.loaders])
         ranks = _gather(own)
         self.last_step,self.last_time = self.train_iter, time.monotonic()
-        if rank_distrib(): return None
-        try: self.saved = self._write(ranks)
-        except (CheckpointError, OSError, SafetensorError) as e:
-            if must: raise CheckpointError(f"the state of the run cannot be saved in {self.folder} ({e}): give another folder, or make room") from e
-            warnings.warn(f"the state of the run could not be saved ({e}). The run goes on; the last whole state is {self.saved or 'none'}", stacklevel=2)
-            return None
+        if must: self.saved = from_rank0(lambda: self._must_write(ranks))
+        elif rank_distrib() == 0:
+            try: self.saved = self._write(ranks)
+            except (CheckpointError, OSError, SafetensorError) as e:
+                warnings.warn(f"the state of the run could not be saved ({e}). The run goes on; the last whole state is {self.saved or 'none'}", stacklevel=2)
+                return None
         self.saved_position = (*self.position, self.finished)
         return self.saved
+
+    def _must_write(self, ranks):
+        try: return self._write(ranks)
+        except (CheckpointError, OSError, SafetensorError) as e:
+            raise CheckpointError(f"the state of the run cannot be saved in {self.folder} ({e}): give another folder, or make room") from e
 
     def _from_home(self, name):
         "A file's name from the folder of the images, which may move"
