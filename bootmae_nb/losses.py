@@ -57,7 +57,7 @@ def mim_targets(
         cls = model.decoders['features'].with_cls
         idx = torch.cat([torch.zeros_like(hidden[:, :1]), hidden + 1], 1) if cls else hidden
         w = F.pad(weight, (1, 0), value=1.) if cls and weight is not None else weight
-        res['features'] = feature_target(take(model.teacher_features(images), idx), row, _norm(row, 'norm_features', norm_features)), w
+        res['features'] = feature_target(model.teacher_features(images, idx), row, _norm(row, 'norm_features', norm_features)), w
     return res
 
 # %% ../nbs/08_losses.ipynb #341c7602
