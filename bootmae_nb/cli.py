@@ -94,6 +94,8 @@ def bootmae_train(
     seed:int=None, # Seed of weights, order, crops and masks; settings.ini's if not given
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
     precision:str=None, # auto, fp32, bf16 or fp16; settings.ini's if not given
+    compile:bool=False, # Compile the blocks of the networks (torch.compile): pays on GPUs, needs a C++ compiler on CPUs
+    activations:str=None, # What is kept for the backward pass: keep, lean, or checkpoint for models that do not fit; auto if not given
     workers:int=None, # Processes that load images; settings.ini's if not given
     nproc:int=None, # Processes that share the training on this machine, one per GPU where there are some; 1 if not given. A batch of bs images is for each
     overwrite:bool=False, # Write over an earlier run in the same folder
@@ -111,7 +113,7 @@ def bootmae_train(
     raise SystemExit(launch(a.nproc, [sys.executable, *sys.argv], a.device))
 
 # %% ../nbs/30_cli.ipynb #37cded74
-_may_differ = ('out', 'overwrite', 'resume', 'allow_changes', 'workers', 'device', 'source', 'state_minutes', 'state_steps', 'state_keep')
+_may_differ = ('out', 'overwrite', 'resume', 'allow_changes', 'workers', 'device', 'compile', 'activations', 'source', 'state_minutes', 'state_steps', 'state_keep')
 
 def _of_run(args):
     "The arguments of a command; of the run that it goes on with, if there is one"
@@ -182,7 +184,7 @@ def _learner(a, s, r, device, precision, bs, out):
     dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip,
                   valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, leave_out=_read_run(out)['left_out'] if a.resume else None,
                   num_workers=pick_workers(s.workers if a.workers is None else a.workers))
-    given = dict(mask_ratio=a.mask_ratio, teacher=a.teacher, patch_size=a.patch_size, mask=a.mask) | (dict(ema=ema) if ema is not None else {})
+    given = {k: getattr(a, k) for k in ('mask_ratio', 'teacher', 'patch_size', 'mask', 'activations')} | dict(compile=a.compile or None) | (dict(ema=ema) if ema is not None else {})
     ablations = _assignments(a.set) | {k: v for k,v in given.items() if v is not None}
     learn = recipe_learner(dls, r, precision=precision, weights=None if a.resume else a.weights, log_pictures=out/'reconstructions', path=out, **ablations)
     return learn.add_cb(RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., keep=a.state_keep or 2, overwrite=a.overwrite))

@@ -30,7 +30,9 @@ from .checkpoints import CheckpointError, load_teacher, load_weights, misfit, re
 from .data import SeededDL, seeded
 from .guards import CollapseAlarm, FiniteGuard
 from .masking import make_mask
-from .models import MaskedAutoencoder, Method, evaluating, mim_model, plain, teach_self
+from .memory import reused
+from .models import MaskedAutoencoder, Method, evaluating, keep_activations, mim_model, plain, teach_self
+from .speed import compile_blocks
 from .vit import make_encoder, own_seed
 from .viz import contact_sheet, fill_patches, from_stats, mask_for, model_input, reconstruction_parts, reconstruction_sheet, to_pil
 
@@ -64,7 +66,8 @@ class MimLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "As fastai's, but epochs before `start_epoch` do not take place at all"
         self.first_epoch,self.first_batch = self.pending.epoch if self.pending else start_epoch, 0
-        with self.added_cbs(cbs), self._tidy_on_error(): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
+        on_cpu = next(self.model.parameters()).device.type == 'cpu'
+        with self.added_cbs(cbs), self._tidy_on_error(), reused(on_cpu): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -185,6 +188,8 @@ def mim_learner(
     weights:str|Path|dict|None=None, # Weights to start from: a file of ours, of the authors or of timm; what it lacks is initialised
     seed:int|None=None, # Seed of initial weights, order, crops and masks; `None` = that of `dls`
     log_pictures:str|Path|bool=False, # Folder for a picture after each epoch; True shows them in the notebook only
+    compile:bool|str=False, # Compile the blocks of the networks at their first use, or a mode of `torch.compile`: see `compile_blocks`
+    activations:str='auto', # What is kept for the backward pass: 'keep', 'lean', 'checkpoint' or 'auto', see `keep_activations`
     clip:float|None=None, # Largest norm of the gradients; `None` = no clipping
     guard:bool=True, # Skip and name what is not finite, and warn when features collapse, see `guards`
     cbs=None, # Further callbacks
@@ -209,6 +214,8 @@ def mim_learner(
     if (model.in_chans, *model.img_size) != (chans, *size):
         raise ValueError(f"the model takes images of {model.in_chans} channels and {model.img_size[0]} x {model.img_size[1]} pixels, but dls gives "
                          f"{chans} channels and {size[0]} x {size[1]}: make both equal (mim_dls(img_size=…, in_chans=…))")
+    if compile: compile_blocks(model, compile)
+    keep_activations(model, activations)
     masker = make_mask(mask) if callable(mask) else model.method.masker
     masker.n_hidden(model.grid)
     prepare_dls(dls, model, masker, seed)
