@@ -408,7 +408,7 @@ class RunState(Callback):
         pending,self.learn.pending = self.learn.pending, None
         self._refuse()
         self._prepare(pending)
-        self.settings_now,self.figures,self.finished = run_settings(self.learn), None, False
+        self.settings_now,self.environment_now,self.figures,self.finished = run_settings(self.learn), environment(self.learn), None, False
         self.top,self.position,self.n_rows,self.mine = None, (self.learn.first_epoch, 0), 0, None
         self.first_step,self.last_step,self.last_time,self.saved_position,self.signal,self.between = 0, 0, time.monotonic(), None, None, None
         if pending: self._restore(pending)
@@ -472,7 +472,7 @@ class RunState(Callback):
         self.position,self.last_step,self.first_step = (place['epoch'], learn.first_batch), place['train_iter'], place['train_iter']
 
     def _tell_environment(self, info):
-        other = differences(info['environment'], environment(self.learn))
+        other = differences(info['environment'], self.environment_now)
         if other: warnings.warn(f"this is not where the run was saved ({'; '.join(other)}): it goes on, but perhaps not to the same last digits", stacklevel=2)
 
     def before_train(self):
@@ -572,7 +572,7 @@ class RunState(Callback):
         file = self.folder/'state'/f'{int(names[0].stem) + 1 if names else 1:06}.safetensors'
         write_whole(file, lambda p: save_file(tensors, p, metadata=dict(format=_format, content=json.dumps(left))))
         info = dict(format=_format, sha256=file_digest(file), saved=datetime.now().isoformat(timespec='seconds'), finished=self.finished) | place | dict(
-            best=self.top, run_state=self.arguments, fit=_encode_call(learn.fit_call), settings=self.settings_now, environment=environment(learn))
+            best=self.top, run_state=self.arguments, fit=_encode_call(learn.fit_call), settings=self.settings_now, environment=self.environment_now)
         write_whole(file.with_suffix('.json'), lambda p: p.write_text(json.dumps(info, indent=1) + '\n'))
         self._sweep()
         return file
