@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from common import equal, quietly, state
+from forks import run_forked
 from bootmae_nb import checkpoints
 from bootmae_nb.checkpoints import CheckpointError, WriteError, load_model, non_finite, save_model, sweep, write_whole
 from bootmae_nb.data import mim_dls
@@ -27,13 +28,6 @@ fork = multiprocessing.get_context('fork')
 
 @pytest.fixture
 def model(): return mim_model('bootmae', img_size=32, seed=0, **tiny)
-
-
-def in_child(f, *args):
-    "The exit code of a forked process that runs `f`"
-    p = fork.Process(target=f, args=args)
-    p.start(); p.join(60)
-    return p.exitcode
 
 
 def others(folder): return sorted(o.name for o in folder.iterdir() if not o.name.startswith('model.'))
@@ -140,7 +134,7 @@ def test_a_file_that_does_not_fit_is_told_and_the_old_one_stays(kind, model, tmp
         path = learn.save('kept')
         write['learner'] = lambda: learn.save('kept')
     else: save_model(model, path)
-    assert in_child(limited, write[kind], path, path.read_bytes()) == 0
+    assert run_forked(limited, write[kind], path, path.read_bytes()) == 0
 
 
 @pytest.mark.parametrize('number, said', [(errno.ENOSPC, 'disk is full'), (errno.EDQUOT, 'your share of the disk'), (errno.EIO, 'disk reports an error'),
