@@ -950,6 +950,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bootmae_nb.runs.differences': ('runs.html#differences', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.environment': ('runs.html#environment', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.find_state': ('runs.html#find_state', 'bootmae_nb/runs.py'),
+                                 'bootmae_nb.runs.newest_info': ('runs.html#newest_info', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.pack': ('runs.html#pack', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.read_info': ('runs.html#read_info', 'bootmae_nb/runs.py'),
                                  'bootmae_nb.runs.run_settings': ('runs.html#run_settings', 'bootmae_nb/runs.py'),

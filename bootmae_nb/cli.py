@@ -105,8 +105,9 @@ def bootmae_train(
 ):
     "Pretrain a masked autoencoder on a folder of images"
     a = SimpleNamespace(**_of_run(dict(locals())))
-    if (a.nproc or 1) == 1 or 'WORLD_SIZE' in os.environ: return _train(a)
-    from bootmae_nb.distributed import launch
+    if (a.nproc or 1) == 1: return _train(a)
+    from bootmae_nb.distributed import launch, launched
+    if launched(): return _train(a)
     if not is_cli(): raise ValueError(f"nproc={a.nproc} starts this command anew, which works from a terminal only: start your program with torchrun")
     raise SystemExit(launch(a.nproc, [sys.executable, *sys.argv], a.device))
 
@@ -123,8 +124,7 @@ def _of_run(args):
     changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
     if changed and not args['allow_changes']:
         raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
-    as_path = {k: Path(saved[k]) for k in ('weights',) if saved.get(k)}
-    return args | saved | as_path | {k: args[k] for k in given} | dict(out=args['resume'])
+    return args | saved | {k: args[k] for k in given} | dict(out=args['resume'])
 
 def _plain(name, o):
     "An argument as JSON, files and folders with their whole paths"
@@ -258,8 +258,8 @@ def _call(r, epochs, lr, schedule, bs):
 
 def _resume(learn, verb, args, folder, allow_changes):
     "Go on as it was begun; with `allow_changes`, with the arguments of now"
-    from bootmae_nb.runs import ResumeError, find_state
-    begun = find_state(folder)[1]['fit']['verb']
+    from bootmae_nb.runs import ResumeError, newest_info
+    begun = (newest_info(folder) or {}).get('fit', {}).get('verb', verb)            # without any, `resume` says what is wrong
     if begun != verb: raise ResumeError(f"the run in {folder} trains with {begun}, not with {verb}: that would be another run, start it in another folder")
     learn.resume(folder, allow_changes, **(args if allow_changes else {}))
 

@@ -19,7 +19,7 @@ from fastai.torch_core import get_model
 
 from common import equal, quietly, state
 from forks import run_forked
-from bootmae_nb import checkpoints, runs
+from bootmae_nb import checkpoints, cli, runs
 from bootmae_nb.checkpoints import load_model
 from bootmae_nb.data import mim_dls
 from bootmae_nb.images import sample_photo, sample_photos
@@ -647,3 +647,18 @@ def test_old_states_go_and_the_best_model_stays(tmp_path):
     valid = [o[1] for o in learn.recorder.values]
     assert info['best']['value'] == pytest.approx(min(valid)) and info['best']['epoch'] == 1 + valid.index(min(valid))
     assert load_model(tmp_path/'best.safetensors').method.name == 'bootmae'
+
+
+def test_what_takes_long_is_done_once(tmp_path, monkeypatch):
+    "The digest of a state, also by the command; a look at all files, not at each state"
+    calls = []
+    for name in ('file_digest', 'environment'):
+        monkeypatch.setattr(runs, name, lambda o, f=getattr(runs, name), name=name: (calls.append(name), f(o))[1])
+    stopped(tmp_path)
+    assert calls.count('environment') == 1 < calls.count('file_digest')
+    calls.clear()
+    learn = learner(lr=.1)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ResumeError, match='other settings'): cli._resume(learn, 'fit_one_cycle', {}, tmp_path, False)
+    assert calls == ['file_digest', 'environment']
+    with pytest.raises(ResumeError, match='trains with fit_one_cycle, not with fit_paper'): cli._resume(learn, 'fit_paper', {}, tmp_path, False)
+    with pytest.raises(ResumeError, match='holds no state of a run'): cli._resume(learn, 'fit_paper', {}, tmp_path/'nowhere', False)
