@@ -142,21 +142,23 @@ def _read_run(folder):
 # %% ../nbs/30_cli.ipynb #b3d94859
 def _train(a):
     "A run, from its arguments"
-    from bootmae_nb.distributed import from_rank0, local_device
+    from fastai.torch_core import num_distrib
+    from bootmae_nb.distributed import from_rank0, launched, local_device
     from bootmae_nb.settings import load_settings, pick_device, pick_precision
     s = load_settings()
     device = local_device(pick_device(a.device or s.device))
     precision,bs = pick_precision(a.precision or s.precision, device), a.bs or 64
-    r = _recipe(a.recipe, a.arch, a.method, a.epochs, a.lr, bs, a.clip, a.schedule, a.stages, a.min_scale)
+    per_step = bs*(num_distrib() if launched() else 1)                  # images of all processes
+    r = _recipe(a.recipe, a.arch, a.method, a.epochs, a.lr, per_step, a.clip, a.schedule, a.stages, a.min_scale)
     out = from_rank0(lambda: _run_folder(a.out, s.run_dir, a.overwrite, a.resume))
     epochs = r.epochs if a.epochs is None else a.epochs
     if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
     learn = _learner(a, s, r, device, precision, bs, out)
     with learn.distrib_ctx():
-        if a.recipe: _first_says(r.for_batch(bs*learn.n_processes, epochs))
+        if a.recipe: _first_says(r.for_batch(per_step, epochs))
         _announce(learn, r.arch, device, precision, out)
         run = _begin(learn, a, dict(precision=precision, seed=learn.dls.train.seed, device=str(device)))
-        call = _call(r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), bs)
+        call = _call(r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), per_step)
         history,ended = _fit(learn, call, run['first'], out if a.resume else None, a.allow_changes)
         how = dict(source=a.source, recipe=a.recipe, epochs=epochs, stages=r.stages, bs=bs, schedule=a.schedule, lr=a.lr, clip=r.clip, ema=a.ema, precision=precision,
                    device=str(device), seed=learn.dls.train.seed, weights=a.weights, teacher=a.teacher, processes=learn.n_processes)
@@ -201,7 +203,7 @@ def _begin(learn, a, picked):
     return run
 
 # %% ../nbs/30_cli.ipynb #4b7be00b
-def _recipe(name, arch, method, epochs, lr, bs, clip, schedule, stages, min_scale):
+def _recipe(name, arch, method, epochs, lr, per_step, clip, schedule, stages, min_scale):
     "The recipe of a run: the one that is named, or plain defaults, with what was given besides"
     from bootmae_nb.models import get_method
     from bootmae_nb.recipes import Recipe, recipe
@@ -210,7 +212,7 @@ def _recipe(name, arch, method, epochs, lr, bs, clip, schedule, stages, min_scal
     row = get_method(method or 'bootmae')
     r = recipe(name) if name else Recipe('own', row.name, 'vit_small_patch16_224', epochs=100, drop_path=row.drop_path, mean=row.mean, std=row.std)
     if name and method and method != r.method: raise ValueError(f"recipe {name} is for {r.method}, not {method}: leave --method out, or choose a recipe of {method}")
-    given = dict(arch=arch, stages=stages, clip=clip, min_scale=min_scale, base_lr=lr and name and lr*256/bs)
+    given = dict(arch=arch, stages=stages, clip=clip, min_scale=min_scale, base_lr=lr and name and lr*256/per_step)
     return recipe(r, **{k: v for k,v in given.items() if v is not None})
 
 # %% ../nbs/30_cli.ipynb #f60347ef
@@ -247,13 +249,13 @@ class _PlainLog:
         print('  '.join(f"{f'{o:.4f}' if isinstance(o, float) else str(o):>{max(8, len(n))}}" for n,o in zip(self.names, row)), flush=True)
 
 # %% ../nbs/30_cli.ipynb #e1c89fd3
-def _call(r, epochs, lr, schedule, bs):
+def _call(r, epochs, lr, schedule, per_step):
     "The verb of the learner that trains, and its arguments"
     if schedule == 'recipe': return 'fit_recipe', dict(recipe=r, epochs=epochs)
     if r.stages > 1:
         one = schedule == 'onecycle'
         return 'fit_stages', dict(n_epoch=epochs, stages=r.stages, lr=lr or (1e-3 if one else None), schedule='one_cycle' if one else schedule)
-    if schedule == 'paper': return 'fit_paper', dict(n_epoch=epochs) | ({} if lr is None else dict(base_lr=lr*256/bs))
+    if schedule == 'paper': return 'fit_paper', dict(n_epoch=epochs) | ({} if lr is None else dict(base_lr=lr*256/per_step))
     return 'fit_one_cycle', dict(n_epoch=epochs, lr_max=lr or 1e-3)
 
 def _resume(learn, verb, args, folder, allow_changes):
