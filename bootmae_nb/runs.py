@@ -15,7 +15,6 @@ from hashlib import blake2b
 from pathlib import Path
 import numpy as np
 import torch
-import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
@@ -32,7 +31,7 @@ import bootmae_nb
 from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
 from .checkpoints import CheckpointError, file_digest, misfit, non_finite, save_model, write_whole
 from .data import listed_items
-from .distributed import any_process, from_rank0
+from .distributed import any_process, from_each, from_rank0
 from .guards import FiniteGuard
 from .learner import MimLearner
 from .models import plain, teach_self
@@ -545,7 +544,7 @@ class RunState(Callback):
         "Save the state as it is now; a failure is told and does not end the run"
         own = dict(generators=self.between or _generators(), metrics=self.figures or _metrics_state(self.learn),
                    bad=[[self._from_home(o) for o in dl.bad_files()] for dl in self.dls.loaders])
-        ranks = _gather(own)
+        ranks = from_each(own)
         self.last_step,self.last_time = self.train_iter, time.monotonic()
         if must: self.saved = from_rank0(lambda: self._must_write(ranks))
         elif rank_distrib() == 0:
@@ -644,13 +643,6 @@ def _in_worker(number):
     "A loader's process gets the signals of its terminal too: it goes on while the step is finished, and a terminated one ends by itself a little later"
     if number == signal.SIGTERM:
         signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.alarm(20)
-
-def _gather(own):
-    "What each process has of its own, in the first one"
-    if not dist.is_initialized(): return [own]
-    res = [None]*dist.get_world_size()
-    dist.all_gather_object(res, own)
-    return res
 
 # %% ../nbs/14a_runs.ipynb #4217d4e6
 @patch

@@ -19,7 +19,7 @@ from common import equal, quietly, state
 from test_learner import MaskFromImage, Numbered, photos_learner, tiny
 from bootmae_nb import cli, runs
 from bootmae_nb.data import SeededDL
-from bootmae_nb.distributed import MimDistributed, any_process, from_rank0, launch, launched, local_device
+from bootmae_nb.distributed import MimDistributed, any_process, from_each, from_rank0, launch, launched, local_device
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.models import ablations, mim_model
 from bootmae_nb.masking import RandomMask
@@ -302,8 +302,8 @@ def test_what_cannot_work_says_so(tmp_path):
 
 
 def test_processes_ask_and_tell(tmp_path):
-    a,b = together(lambda rank: (from_rank0(lambda: f'run_{os.getpid()}'), any_process(rank == 1, False), launched(), str(local_device('cpu'))), tmp_path)
-    assert a == b and a[1:] == ([True, False], True, 'cpu')
+    a,b = together(lambda rank: (from_rank0(lambda: f'run_{os.getpid()}'), any_process(rank == 1, False), launched(), str(local_device('cpu')), from_each(rank)), tmp_path)
+    assert a == b and a[1:] == ([True, False], True, 'cpu', [0, 1])
 
 
 # trouble
