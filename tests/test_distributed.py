@@ -302,7 +302,8 @@ def test_what_cannot_work_says_so(tmp_path):
 
 
 def test_processes_ask_and_tell(tmp_path):
-    a,b = together(lambda rank: (from_rank0(lambda: f'run_{os.getpid()}'), any_process(rank == 1, False), launched(), str(local_device('cpu')), from_each(rank)), tmp_path)
+    def ask(rank): return from_rank0(lambda: f'run_{os.getpid()}'), any_process(rank == 1, False), launched(), str(local_device('cpu')), from_each(rank)
+    a,b = together(ask, tmp_path)
     assert a == b and a[1:] == ([True, False], True, 'cpu', [0, 1])
 
 
@@ -517,7 +518,8 @@ def test_two_gpus_hold_equal_copies(tmp_path):
 def test_the_command_trains_with_the_learning_rate_that_was_given(how, tmp_path, monkeypatch):
     "Whatever the schedule and the number of processes, it is the highest one"
     monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu')
-    own = dict(width=48, depth=1, heads=3) | (dict(feature_width=48, feature_heads=3, feature_depth=1) if 'dbot' in str(how) else dict(pixel_width=48, pixel_depth=1, pixel_heads=3))
+    kind = 'feature' if 'dbot' in str(how) else 'pixel'
+    own = dict(width=48, depth=1, heads=3) | {f'{kind}_width': 48, f'{kind}_heads': 3, f'{kind}_depth': 1}
     def train(rank, out='two'):
         cli.bootmae_train('photos', arch='vit_tiny_patch16_224', img_size='32', patch_size=8, bs=8, crops=8, epochs=1, lr=2e-3, set=[f'{k}={v}' for k,v in own.items()],
                           out=tmp_path/out, workers=0, **how)

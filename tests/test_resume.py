@@ -652,8 +652,8 @@ def test_old_states_go_and_the_best_model_stays(tmp_path):
 def test_what_takes_long_is_done_once(tmp_path, monkeypatch):
     "The digest of a state, also by the command; a look at all files, not at each state"
     calls = []
-    for name in ('file_digest', 'environment'):
-        monkeypatch.setattr(runs, name, lambda o, f=getattr(runs, name), name=name: (calls.append(name), f(o))[1])
+    def counted(f): return lambda o: (calls.append(f.__name__), f(o))[1]
+    for f in (runs.file_digest, runs.environment): monkeypatch.setattr(runs, f.__name__, counted(f))
     stopped(tmp_path)
     assert calls.count('environment') == 1 < calls.count('file_digest')
     calls.clear()
