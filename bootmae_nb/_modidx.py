@@ -734,6 +734,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'bootmae_nb.learner._as_loaded': ('learner.html#_as_loaded', 'bootmae_nb/learner.py'),
                                     'bootmae_nb.learner._autocasts': ('learner.html#_autocasts', 'bootmae_nb/learner.py'),
                                     'bootmae_nb.learner._callbacks': ('learner.html#_callbacks', 'bootmae_nb/learner.py'),
+                                    'bootmae_nb.learner._check_method': ('learner.html#_check_method', 'bootmae_nb/learner.py'),
                                     'bootmae_nb.learner._guards': ('learner.html#_guards', 'bootmae_nb/learner.py'),
                                     'bootmae_nb.learner._image_shape': ('learner.html#_image_shape', 'bootmae_nb/learner.py'),
                                     'bootmae_nb.learner._images_over_masked': ('learner.html#_images_over_masked', 'bootmae_nb/learner.py'),
