@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 import bootmae_nb
 from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
 from .checkpoints import CheckpointError, file_digest, misfit, non_finite, save_model, write_whole
-from .data import listed_items
+from .data import listed_items, unlabelled
 from .distributed import any_process, from_each, from_rank0
 from .guards import FiniteGuard
 from .learner import MimLearner
@@ -238,7 +238,7 @@ def _encode_call(call):
     return dict(verb=call['verb'], args=args, objects={k: v for k,v in objects.items() if v})
 
 # %% ../nbs/14a_runs.ipynb #849d61e6
-def _images_of(dl): return [o[0] if isinstance(o, tuple|list) and len(o) else o for o in listed_items(dl.dataset) or []]
+def _images_of(dl): return [unlabelled(o) for o in listed_items(dl.dataset) or []]
 
 def _look(o):
     "A few pixels of an image that is no file"
