@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/31_all.ipynb #5f0bd467
 from .settings import *
+from .files import *
 from .patches import *
 from .images import *
 from .data import *

@@ -192,7 +192,7 @@ def _learner(a, s, r, device, precision, bs, out):
 # %% ../nbs/30_cli.ipynb #e3d13254
 def _begin(learn, a, picked):
     "What a run was started with, and its losses before training: of this run, or as the one that is gone on with has it; written once the fit has begun"
-    from bootmae_nb.checkpoints import write_whole
+    from bootmae_nb.files import write_whole
     if a.resume: run = _read_run(a.resume)
     else:
         with learn.no_bar(): first = [*learn.validate()]
@@ -292,7 +292,8 @@ def _fit(learn, call, first, resume, allow_changes):
 # %% ../nbs/30_cli.ipynb #c79be177
 def _write_run(learn, history, out, how):
     "Model, losses and their picture"
-    from bootmae_nb.checkpoints import save_model, write_whole
+    from bootmae_nb.checkpoints import save_model
+    from bootmae_nb.files import write_whole
     from bootmae_nb.viz import plot_losses
     from fastai.torch_core import get_model
     write_whole(out/'history.csv', history.to_csv)
@@ -334,7 +335,8 @@ def bootmae_reconstruct(
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
 ):
     "Hide a part of each image, let the model fill it in, and write the pictures and a sheet of all of them"
-    from bootmae_nb.checkpoints import load_model, write_whole
+    from bootmae_nb.checkpoints import load_model
+    from bootmae_nb.files import write_whole
     from bootmae_nb.images import open_image
     from bootmae_nb.masking import make_mask
     from bootmae_nb.settings import load_settings, pick_device
@@ -383,7 +385,8 @@ def bootmae_convert(
 ):
     "Convert weights between the authors' files, timm, the Hugging Face Hub and our own"
     from dataclasses import replace
-    from bootmae_nb.checkpoints import save_model, to_authors, write_whole
+    from bootmae_nb.checkpoints import save_model, to_authors
+    from bootmae_nb.files import write_whole
     from bootmae_nb.hub import save_pretrained, save_timm
     forms = ('bootmae_nb', 'hub', 'timm', 'bootmae', 'mae', 'dbot')
     if to_layout not in forms: raise ValueError(f"--to {to_layout} is unknown: choose one of {', '.join(forms)}")

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -37,6 +36,7 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 import bootmae_nb
+from .files import write_whole
 from .images import MAX_PIXELS, ImageError, image_files, image_size, open_image, printable, sample_photos
 
 # %% ../nbs/03_data.ipynb #837e84b9
@@ -418,16 +418,10 @@ def _read_memory(file):
 
 def _write_memory(file, rows):
     "All or nothing, and nothing without a word where there is no place for it"
-    text,tmp = json.dumps(rows, separators=(',', ':')), None
+    text = json.dumps(rows, separators=(',', ':'))
     with suppress(OSError):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            fd,tmp = tempfile.mkstemp(prefix='.', dir=file.parent)
-            with open(fd, 'w', encoding='utf-8') as f: f.write(f'{_digest(text)}\n{text}')
-            os.replace(tmp, file)
-        except BaseException:
-            if tmp: Path(tmp).unlink(missing_ok=True)
-            raise
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)        # names of files are nobody else's business
+        write_whole(file, lambda p: p.write_text(f'{_digest(text)}\n{text}', encoding='utf-8'))
 
 # %% ../nbs/03_data.ipynb #afa6e112
 class _Memory:

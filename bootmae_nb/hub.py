@@ -23,7 +23,8 @@ from timm.models import save_for_hf
 from torch import nn
 from tqdm import tqdm
 import bootmae_nb
-from .checkpoints import CheckpointError, explain_writing, file_digest, from_authors, load_model, save_model, to_disk, to_timm, write_whole
+from .checkpoints import file_digest, from_authors, load_model, save_model, to_timm
+from .files import CheckpointError, explain_writing, to_disk, write_whole
 from .models import MaskedAutoencoder
 from .settings import load_settings
 

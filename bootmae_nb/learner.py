@@ -26,8 +26,9 @@ from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .callbacks import CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, StagedTeacher, TargetVariance
-from .checkpoints import CheckpointError, load_teacher, load_weights, misfit, read_file, refuse_non_finite, write_whole
+from .checkpoints import load_teacher, load_weights, misfit, read_file, refuse_non_finite
 from .data import SeededDL, seeded
+from .files import CheckpointError, write_whole
 from .guards import CollapseAlarm, FiniteGuard
 from .masking import make_mask
 from .models import MaskedAutoencoder, Method, evaluating, get_method, mim_model, plain, teach_self

@@ -29,9 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 import bootmae_nb
 from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
-from .checkpoints import CheckpointError, file_digest, misfit, non_finite, save_model, write_whole
+from .checkpoints import file_digest, misfit, non_finite, save_model
 from .data import listed_items, unlabelled
 from .distributed import any_process, from_each, from_rank0
+from .files import CheckpointError, write_whole
 from .guards import FiniteGuard
 from .learner import MimLearner
 from .models import plain, teach_self

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from common import equal, quietly, state
 from forks import run_forked
-from bootmae_nb import checkpoints
-from bootmae_nb.checkpoints import CheckpointError, WriteError, load_model, non_finite, save_model, sweep, write_whole
+from bootmae_nb import checkpoints, files
+from bootmae_nb.checkpoints import load_model, non_finite, save_model
 from bootmae_nb.data import mim_dls
+from bootmae_nb.files import CheckpointError, WriteError, sweep, write_whole
 from bootmae_nb.hub import write_folder
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.models import mim_model
@@ -63,7 +64,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_file_that_loads(model, tmp_path
 
 
 def test_what_others_are_writing_or_have_named_alike_is_left_alone(tmp_path):
-    stem = f'.a.txt.{checkpoints._host()}'
+    stem = f'.a.txt.{files._host()}'
     dead = fork.Process(target=lambda: None); dead.start(); dead.join()
     keep = [f'{stem}.{os.getpid()}-abcdef.tmp', f'{stem}.{dead.pid}-abcdef.txt', f'.a.txt.elsewhere-1.{dead.pid}-abcdef.tmp', '.mine.tmp', 'a.txt',
             f'{stem}.x-abcdef.tmp']
@@ -75,7 +76,7 @@ def test_what_others_are_writing_or_have_named_alike_is_left_alone(tmp_path):
 
 def test_the_first_write_of_a_process_sweeps_the_folder(tmp_path):
     dead = fork.Process(target=lambda: None); dead.start(); dead.join()
-    (tmp_path/f'.old.bin.{checkpoints._host()}.{dead.pid}-abcdef.tmp').mkdir()
+    (tmp_path/f'.old.bin.{files._host()}.{dead.pid}-abcdef.tmp').mkdir()
     write_whole(tmp_path/'a.txt', lambda p: p.write_text('a'))
     assert [o.name for o in tmp_path.iterdir()] == ['a.txt']
 
@@ -100,7 +101,7 @@ def test_two_processes_that_write_the_same_file_do_not_harm_each_other(tmp_path)
 
 def test_names_of_temporary_files_are_never_the_same(tmp_path):
     "Also in one process, whose threads may write the same file"
-    assert len({checkpoints._temporary(tmp_path/'a.txt') for _ in range(50)}) == 50
+    assert len({files._temporary(tmp_path/'a.txt') for _ in range(50)}) == 50
     assert write_whole(tmp_path/('n'*200), lambda p: p.write_text('a')).read_text() == 'a'
 
 

@@ -154,7 +154,7 @@ def saving(folder, file, n):
             hit(lambda: os.truncate(path, os.path.getsize(path)//2))
         return _f
     runs.save_file,checkpoints.save_file = halved(runs.save_file), halved(checkpoints.save_file)
-    checkpoints.os.fsync,checkpoints.os.replace,Path.unlink,Path.write_text = map(before, (os.fsync, os.replace, Path.unlink, Path.write_text))
+    os.fsync,os.replace,Path.unlink,Path.write_text = map(before, (os.fsync, os.replace, Path.unlink, Path.write_text))
     train(folder, file, 'short', steps=1)
 
 
