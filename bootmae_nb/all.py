@@ -7,12 +7,15 @@ __all__ = []
 
 # %% ../nbs/31_all.ipynb #5f0bd467
 from .settings import *
+from .files import *
 from .patches import *
 from .images import *
 from .data import *
 from .masking import *
+from .memory import *
 from .vit import *
 from .models import *
+from .speed import *
 from .targets import *
 from .losses import *
 from .checkpoints import *

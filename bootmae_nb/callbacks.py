@@ -17,7 +17,8 @@ from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.foundation import L
 from fastcore.imports import in_notebook
 from IPython.display import display
-from .checkpoints import save_model, write_whole
+from .checkpoints import save_model
+from .files import write_whole
 from .data import SeededDL, mix_seed
 from .losses import mim_losses, mim_targets
 from .masking import PatchMask

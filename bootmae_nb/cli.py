@@ -107,8 +107,9 @@ def bootmae_train(
 ):
     "Pretrain a masked autoencoder on a folder of images"
     a = SimpleNamespace(**_of_run(dict(locals())))
-    if (a.nproc or 1) == 1 or 'WORLD_SIZE' in os.environ: return _train(a)
-    from bootmae_nb.distributed import launch
+    if (a.nproc or 1) == 1: return _train(a)
+    from bootmae_nb.distributed import launch, launched
+    if launched(): return _train(a)
     if not is_cli(): raise ValueError(f"nproc={a.nproc} starts this command anew, which works from a terminal only: start your program with torchrun")
     raise SystemExit(launch(a.nproc, [sys.executable, *sys.argv], a.device))
 
@@ -125,8 +126,7 @@ def _of_run(args):
     changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
     if changed and not args['allow_changes']:
         raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
-    as_path = {k: Path(saved[k]) for k in ('weights',) if saved.get(k)}
-    return args | saved | as_path | {k: args[k] for k in given} | dict(out=args['resume'])
+    return args | saved | {k: args[k] for k in given} | dict(out=args['resume'])
 
 def _plain(name, o):
     "An argument as JSON, files and folders with their whole paths"
@@ -144,21 +144,23 @@ def _read_run(folder):
 # %% ../nbs/30_cli.ipynb #b3d94859
 def _train(a):
     "A run, from its arguments"
-    from bootmae_nb.distributed import from_rank0, local_device
+    from fastai.torch_core import num_distrib
+    from bootmae_nb.distributed import from_rank0, launched, local_device
     from bootmae_nb.settings import load_settings, pick_device, pick_precision
     s = load_settings()
     device = local_device(pick_device(a.device or s.device))
     precision,bs = pick_precision(a.precision or s.precision, device), a.bs or 64
-    r = _recipe(a.recipe, a.arch, a.method, a.epochs, a.lr, bs, a.clip, a.schedule, a.stages, a.min_scale)
+    per_step = bs*(num_distrib() if launched() else 1)                  # images of all processes
+    r = _recipe(a.recipe, a.arch, a.method, a.epochs, a.lr, per_step, a.clip, a.schedule, a.stages, a.min_scale)
     out = from_rank0(lambda: _run_folder(a.out, s.run_dir, a.overwrite, a.resume))
     epochs = r.epochs if a.epochs is None else a.epochs
     if epochs < 1: raise ValueError(f"epochs {epochs} is below 1: give the number of passes over the images")
     learn = _learner(a, s, r, device, precision, bs, out)
     with learn.distrib_ctx():
-        if a.recipe: _first_says(r.for_batch(bs*learn.n_processes, epochs))
+        if a.recipe: _first_says(r.for_batch(per_step, epochs))
         _announce(learn, r.arch, device, precision, out)
         run = _begin(learn, a, dict(precision=precision, seed=learn.dls.train.seed, device=str(device)))
-        call = _call(r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), bs)
+        call = _call(r, epochs, a.lr, a.schedule or ('recipe' if a.recipe else 'onecycle'), per_step)
         history,ended = _fit(learn, call, run['first'], out if a.resume else None, a.allow_changes)
         how = dict(source=a.source, recipe=a.recipe, epochs=epochs, stages=r.stages, bs=bs, schedule=a.schedule, lr=a.lr, clip=r.clip, ema=a.ema, precision=precision,
                    device=str(device), seed=learn.dls.train.seed, weights=a.weights, teacher=a.teacher, processes=learn.n_processes)
@@ -184,7 +186,7 @@ def _learner(a, s, r, device, precision, bs, out):
     dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip,
                   valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, leave_out=_read_run(out)['left_out'] if a.resume else None,
                   num_workers=pick_workers(s.workers if a.workers is None else a.workers))
-    given = {k: getattr(a, k) for k in ('mask_ratio', 'teacher', 'patch_size', 'mask', 'activations')} | dict(compile=a.compile or None) | (dict(ema=ema) if ema is not None else {})
+    given = {k: getattr(a, k) for k in ('mask_ratio', 'teacher', 'patch_size', 'mask', 'activations')} | dict(ema=ema, compile=a.compile or None)
     ablations = _assignments(a.set) | {k: v for k,v in given.items() if v is not None}
     learn = recipe_learner(dls, r, precision=precision, weights=None if a.resume else a.weights, log_pictures=out/'reconstructions', path=out, **ablations)
     return learn.add_cb(RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., keep=a.state_keep or 2, overwrite=a.overwrite))
@@ -192,7 +194,7 @@ def _learner(a, s, r, device, precision, bs, out):
 # %% ../nbs/30_cli.ipynb #e3d13254
 def _begin(learn, a, picked):
     "What a run was started with, and its losses before training: of this run, or as the one that is gone on with has it; written once the fit has begun"
-    from bootmae_nb.checkpoints import write_whole
+    from bootmae_nb.files import write_whole
     if a.resume: run = _read_run(a.resume)
     else:
         with learn.no_bar(): first = [*learn.validate()]
@@ -203,7 +205,7 @@ def _begin(learn, a, picked):
     return run
 
 # %% ../nbs/30_cli.ipynb #4b7be00b
-def _recipe(name, arch, method, epochs, lr, bs, clip, schedule, stages, min_scale):
+def _recipe(name, arch, method, epochs, lr, per_step, clip, schedule, stages, min_scale):
     "The recipe of a run: the one that is named, or plain defaults, with what was given besides"
     from bootmae_nb.models import get_method
     from bootmae_nb.recipes import Recipe, recipe
@@ -212,7 +214,7 @@ def _recipe(name, arch, method, epochs, lr, bs, clip, schedule, stages, min_scal
     row = get_method(method or 'bootmae')
     r = recipe(name) if name else Recipe('own', row.name, 'vit_small_patch16_224', epochs=100, drop_path=row.drop_path, mean=row.mean, std=row.std)
     if name and method and method != r.method: raise ValueError(f"recipe {name} is for {r.method}, not {method}: leave --method out, or choose a recipe of {method}")
-    given = dict(arch=arch, stages=stages, clip=clip, min_scale=min_scale, base_lr=lr and name and lr*256/bs)
+    given = dict(arch=arch, stages=stages, clip=clip, min_scale=min_scale, base_lr=lr and name and lr*256/per_step)
     return recipe(r, **{k: v for k,v in given.items() if v is not None})
 
 # %% ../nbs/30_cli.ipynb #f60347ef
@@ -249,19 +251,19 @@ class _PlainLog:
         print('  '.join(f"{f'{o:.4f}' if isinstance(o, float) else str(o):>{max(8, len(n))}}" for n,o in zip(self.names, row)), flush=True)
 
 # %% ../nbs/30_cli.ipynb #e1c89fd3
-def _call(r, epochs, lr, schedule, bs):
+def _call(r, epochs, lr, schedule, per_step):
     "The verb of the learner that trains, and its arguments"
     if schedule == 'recipe': return 'fit_recipe', dict(recipe=r, epochs=epochs)
     if r.stages > 1:
         one = schedule == 'onecycle'
         return 'fit_stages', dict(n_epoch=epochs, stages=r.stages, lr=lr or (1e-3 if one else None), schedule='one_cycle' if one else schedule)
-    if schedule == 'paper': return 'fit_paper', dict(n_epoch=epochs) | ({} if lr is None else dict(base_lr=lr*256/bs))
+    if schedule == 'paper': return 'fit_paper', dict(n_epoch=epochs) | ({} if lr is None else dict(base_lr=lr*256/per_step))
     return 'fit_one_cycle', dict(n_epoch=epochs, lr_max=lr or 1e-3)
 
 def _resume(learn, verb, args, folder, allow_changes):
     "Go on as it was begun; with `allow_changes`, with the arguments of now"
-    from bootmae_nb.runs import ResumeError, find_state
-    begun = find_state(folder)[1]['fit']['verb']
+    from bootmae_nb.runs import ResumeError, newest_info
+    begun = (newest_info(folder) or {}).get('fit', {}).get('verb', verb)            # without any, `resume` says what is wrong
     if begun != verb: raise ResumeError(f"the run in {folder} trains with {begun}, not with {verb}: that would be another run, start it in another folder")
     learn.resume(folder, allow_changes, **(args if allow_changes else {}))
 
@@ -292,7 +294,8 @@ def _fit(learn, call, first, resume, allow_changes):
 # %% ../nbs/30_cli.ipynb #c79be177
 def _write_run(learn, history, out, how):
     "Model, losses and their picture"
-    from bootmae_nb.checkpoints import save_model, write_whole
+    from bootmae_nb.checkpoints import save_model
+    from bootmae_nb.files import write_whole
     from bootmae_nb.viz import plot_losses
     from fastai.torch_core import get_model
     write_whole(out/'history.csv', history.to_csv)
@@ -334,7 +337,8 @@ def bootmae_reconstruct(
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
 ):
     "Hide a part of each image, let the model fill it in, and write the pictures and a sheet of all of them"
-    from bootmae_nb.checkpoints import load_model, write_whole
+    from bootmae_nb.checkpoints import load_model
+    from bootmae_nb.files import write_whole
     from bootmae_nb.images import open_image
     from bootmae_nb.masking import make_mask
     from bootmae_nb.settings import load_settings, pick_device
@@ -383,7 +387,8 @@ def bootmae_convert(
 ):
     "Convert weights between the authors' files, timm, the Hugging Face Hub and our own"
     from dataclasses import replace
-    from bootmae_nb.checkpoints import save_model, to_authors, write_whole
+    from bootmae_nb.checkpoints import save_model, to_authors
+    from bootmae_nb.files import write_whole
     from bootmae_nb.hub import save_pretrained, save_timm
     forms = ('bootmae_nb', 'hub', 'timm', 'bootmae', 'mae', 'dbot')
     if to_layout not in forms: raise ValueError(f"--to {to_layout} is unknown: choose one of {', '.join(forms)}")

@@ -23,7 +23,8 @@ from timm.models import save_for_hf
 from torch import nn
 from tqdm import tqdm
 import bootmae_nb
-from .checkpoints import CheckpointError, explain_writing, file_digest, from_authors, load_model, save_model, to_timm, write_whole
+from .checkpoints import file_digest, from_authors, load_model, save_model, to_timm
+from .files import CheckpointError, explain_writing, to_disk, write_whole
 from .models import MaskedAutoencoder
 from .settings import load_settings
 
@@ -265,11 +266,6 @@ def _check_folder(folder, overwrite):
         raise CheckpointError(f"{folder} also holds {', '.join(foreign[:3])}, which replacing it would delete: give another folder")
 
 # %% ../nbs/10_hub.ipynb #fc2f5878
-def _flush(folder):
-    "Bring the files of a folder to the disk"
-    for o in folder.iterdir():
-        with open(o, 'rb+') as f: os.fsync(f.fileno())
-
 def _swap(new, folder):
     "Put a folder in the place of another one"
     old = new.with_suffix('.old')
@@ -293,7 +289,8 @@ def write_folder(
     with explain_writing(folder):
         tmp.mkdir(parents=True)
         try:
-            write(tmp); _flush(tmp)
+            write(tmp)
+            for o in tmp.iterdir(): to_disk(o)
             _swap(tmp, real)
         finally: shutil.rmtree(tmp, ignore_errors=True)
     return Path(folder)

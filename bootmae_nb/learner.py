@@ -26,12 +26,13 @@ from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .callbacks import CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, StagedTeacher, TargetVariance
-from .checkpoints import CheckpointError, load_teacher, load_weights, misfit, read_file, refuse_non_finite, write_whole
+from .checkpoints import load_teacher, load_weights, misfit, read_file, refuse_non_finite
 from .data import SeededDL, seeded
+from .files import CheckpointError, write_whole
 from .guards import CollapseAlarm, FiniteGuard
 from .masking import make_mask
 from .memory import reused
-from .models import MaskedAutoencoder, Method, evaluating, keep_activations, mim_model, plain, teach_self
+from .models import MaskedAutoencoder, Method, evaluating, get_method, keep_activations, mim_model, plain, teach_self
 from .speed import compile_blocks
 from .vit import make_encoder, own_seed
 from .viz import contact_sheet, fill_patches, from_stats, mask_for, model_input, reconstruction_parts, reconstruction_sheet, to_pil
@@ -174,7 +175,7 @@ def _image_shape(dls):
 def mim_learner(
     dls:DataLoaders, # Images, e.g. of `mim_dls`; labels are ignored
     arch:str|MaskedAutoencoder='vit_base_patch16_224', # A plain ViT of timm, or a model made before
-    method:str|Method='bootmae', # 'bootmae', 'mae', 'dbot', or a row of one's own
+    method:str|Method|None=None, # 'bootmae', 'mae', 'dbot', or a row of one's own; `None` = that of a model made before, else 'bootmae'
     img_size:int|tuple|None=None, # Image size in pixels; `None` = that of the images in `dls`
     mask=None, # Kind of mask, or an object that makes masks; `None` = the method's
     lr:float=1e-3, # Learning rate when `fit` is not given one
@@ -205,10 +206,11 @@ def mim_learner(
     if isinstance(arch, MaskedAutoencoder):
         if kw: raise TypeError(f"{', '.join(kw)} cannot be changed in a model that is made already: give them to mim_model")
         if isinstance(mask, str): raise TypeError(f"mask={mask!r} cannot be changed in a model that is made already: give it to mim_model")
+        _check_method(arch, method)
         model = arch
     else:
-        kw = _with_teacher(kw, arch, img_size or size)
-        model = mim_model(method, arch, img_size or size, kw.pop('in_chans', chans), seed=seed, **({} if mask is None or callable(mask) else dict(mask=mask)), **kw)
+        kw = _with_teacher(kw, arch, img_size or size) | ({} if mask is None or callable(mask) else dict(mask=mask))
+        model = mim_model(method or 'bootmae', arch, img_size or size, kw.pop('in_chans', chans), seed=seed, **kw)
     if not model.decoders: raise ValueError("this model is an encoder only, with nothing to predict: pretraining needs decoders, e.g. targets=('pixels',)")
     if weights is not None: load_weights(model, weights, decoders=None)
     if (model.in_chans, *model.img_size) != (chans, *size):
@@ -227,6 +229,10 @@ def mim_learner(
     return _precisions[precision](learn)
 
 # %% ../nbs/13_learner.ipynb #cfd41cb8
+def _check_method(model, method):
+    "Refuse another method than a model that is made already has"
+    own,name = model.method.name, None if method is None else get_method(method).name
+    if name not in (None, own): raise TypeError(f"the model is made already, for {own}, and cannot become one of {name}: leave method out, or give it to mim_model")
 def _with_teacher(kw, arch, size):
     "Keywords with a teacher that was named found"
     source = kw.get('teacher')

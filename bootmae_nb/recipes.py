@@ -183,7 +183,7 @@ def recipe_learner(
     args = dict(arch=r.arch, method=r.method, lr=r.for_batch(dls.train.bs).lr, wd=r.wd, betas=r.betas, ema=r.ema, ema_dynamic=r.ema_dynamic,
                 clip=r.clip, weight_of_features=r.weight_of_features, drop_path=r.drop_path, mean=r.mean, std=r.std)
     if r.teacher_depth is not None and kw.get('teacher', 'frozen') == 'frozen': args['teacher_depth'] = r.teacher_depth
-    if isinstance(kw.get('arch'), MaskedAutoencoder): args = {k: v for k,v in args.items() if k not in ('drop_path', 'mean', 'std', 'teacher_depth')}
+    if isinstance(kw.get('arch'), MaskedAutoencoder): args = {k: v for k,v in args.items() if k not in ('method', 'drop_path', 'mean', 'std', 'teacher_depth')}
     return mim_learner(dls, cbs=cbs, **(args | kw))
 
 # %% ../nbs/14_recipes.ipynb #393c9543

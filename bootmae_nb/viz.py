@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from fastcore.basics import patch
 from timm.layers import Attention as TimmAttention
-from .checkpoints import write_whole
+from .files import write_whole
 from .images import open_image, sample_photo, sample_photos
 from .masking import hide_highest, n_hidden, weight_map
 from .models import MaskedAutoencoder, evaluating, plain

@@ -17,13 +17,15 @@ from fastai.optimizer import SGD
 
 from common import equal, quietly, state
 from test_learner import MaskFromImage, Numbered, photos_learner, tiny
+from bootmae_nb import cli, runs
 from bootmae_nb.data import SeededDL
-from bootmae_nb.distributed import MimDistributed, any_process, from_rank0, launch, launched, local_device
+from bootmae_nb.distributed import MimDistributed, any_process, from_each, from_rank0, launch, launched, local_device
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.models import ablations, mim_model
 from bootmae_nb.masking import RandomMask
 from bootmae_nb.losses import mim_loss
 from bootmae_nb.recipes import recipe
+from bootmae_nb.runs import find_state
 from bootmae_nb.vit import make_encoder
 
 small = dict(bootmae={}, mae=dict(pixel_depth=1, pixel_heads=3), dbot=dict(feature_width=32, feature_depth=1, feature_heads=2))
@@ -300,8 +302,9 @@ def test_what_cannot_work_says_so(tmp_path):
 
 
 def test_processes_ask_and_tell(tmp_path):
-    a,b = together(lambda rank: (from_rank0(lambda: f'run_{os.getpid()}'), any_process(rank == 1, False), launched(), str(local_device('cpu'))), tmp_path)
-    assert a == b and a[1:] == ([True, False], True, 'cpu')
+    def ask(rank): return from_rank0(lambda: f'run_{os.getpid()}'), any_process(rank == 1, False), launched(), str(local_device('cpu')), from_each(rank)
+    a,b = together(ask, tmp_path)
+    assert a == b and a[1:] == ([True, False], True, 'cpu', [0, 1])
 
 
 # trouble
@@ -508,3 +511,18 @@ def test_two_gpus_hold_equal_copies(tmp_path):
     if torch.cuda.device_count() < 2: pytest.skip('needs two GPUs: NCCL between processes IS NOT TESTED here')
     (a,_,first,row),(b,_,second,other) = run_script(launchers['torchrun'], tmp_path, 'cuda')
     assert (first, second) == ('cuda:0', 'cuda:1') and equal(a, b) and row[:-1] == other[:-1]
+
+
+@pytest.mark.parametrize('how', [dict(method='mae', schedule='paper'), dict(recipe='mae_base_800'), dict(recipe='mae_base_800', schedule='paper'),
+                                 dict(method='mae'), dict(recipe='dbot_base_1600')], ids=str)
+def test_the_command_trains_with_the_learning_rate_that_was_given(how, tmp_path, monkeypatch):
+    "Whatever the schedule and the number of processes, it is the highest one"
+    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu')
+    kind = 'feature' if 'dbot' in str(how) else 'pixel'
+    own = dict(width=48, depth=1, heads=3) | {f'{kind}_width': 48, f'{kind}_heads': 3, f'{kind}_depth': 1}
+    def train(rank, out='two'):
+        cli.bootmae_train('photos', arch='vit_tiny_patch16_224', img_size='32', patch_size=8, bs=8, crops=8, epochs=1, lr=2e-3, set=[f'{k}={v}' for k,v in own.items()],
+                          out=tmp_path/out, workers=0, **how)
+    together(train, tmp_path); train(0, 'one')
+    highest = [float(runs._read_state(find_state(tmp_path/o)[0])['recorder']['lrs'].max()) for o in ('one', 'two')]
+    assert all(.7*2e-3 < o <= 2e-3*(1 + 1e-6) for o in highest), highest

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from common import equal, quietly, state
-from bootmae_nb import checkpoints
-from bootmae_nb.checkpoints import CheckpointError, WriteError, load_model, non_finite, save_model, sweep, write_whole
+from forks import run_forked
+from bootmae_nb import checkpoints, files
+from bootmae_nb.checkpoints import load_model, non_finite, save_model
 from bootmae_nb.data import mim_dls
+from bootmae_nb.files import CheckpointError, WriteError, sweep, write_whole
 from bootmae_nb.hub import write_folder
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.models import mim_model
@@ -27,13 +29,6 @@ fork = multiprocessing.get_context('fork')
 
 @pytest.fixture
 def model(): return mim_model('bootmae', img_size=32, seed=0, **tiny)
-
-
-def in_child(f, *args):
-    "The exit code of a forked process that runs `f`"
-    p = fork.Process(target=f, args=args)
-    p.start(); p.join(60)
-    return p.exitcode
 
 
 def others(folder): return sorted(o.name for o in folder.iterdir() if not o.name.startswith('model.'))
@@ -69,7 +64,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_file_that_loads(model, tmp_path
 
 
 def test_what_others_are_writing_or_have_named_alike_is_left_alone(tmp_path):
-    stem = f'.a.txt.{checkpoints._host()}'
+    stem = f'.a.txt.{files._host()}'
     dead = fork.Process(target=lambda: None); dead.start(); dead.join()
     keep = [f'{stem}.{os.getpid()}-abcdef.tmp', f'{stem}.{dead.pid}-abcdef.txt', f'.a.txt.elsewhere-1.{dead.pid}-abcdef.tmp', '.mine.tmp', 'a.txt',
             f'{stem}.x-abcdef.tmp']
@@ -81,7 +76,7 @@ def test_what_others_are_writing_or_have_named_alike_is_left_alone(tmp_path):
 
 def test_the_first_write_of_a_process_sweeps_the_folder(tmp_path):
     dead = fork.Process(target=lambda: None); dead.start(); dead.join()
-    (tmp_path/f'.old.bin.{checkpoints._host()}.{dead.pid}-abcdef.tmp').mkdir()
+    (tmp_path/f'.old.bin.{files._host()}.{dead.pid}-abcdef.tmp').mkdir()
     write_whole(tmp_path/'a.txt', lambda p: p.write_text('a'))
     assert [o.name for o in tmp_path.iterdir()] == ['a.txt']
 
@@ -106,7 +101,7 @@ def test_two_processes_that_write_the_same_file_do_not_harm_each_other(tmp_path)
 
 def test_names_of_temporary_files_are_never_the_same(tmp_path):
     "Also in one process, whose threads may write the same file"
-    assert len({checkpoints._temporary(tmp_path/'a.txt') for _ in range(50)}) == 50
+    assert len({files._temporary(tmp_path/'a.txt') for _ in range(50)}) == 50
     assert write_whole(tmp_path/('n'*200), lambda p: p.write_text('a')).read_text() == 'a'
 
 
@@ -140,7 +135,7 @@ def test_a_file_that_does_not_fit_is_told_and_the_old_one_stays(kind, model, tmp
         path = learn.save('kept')
         write['learner'] = lambda: learn.save('kept')
     else: save_model(model, path)
-    assert in_child(limited, write[kind], path, path.read_bytes()) == 0
+    assert run_forked(limited, write[kind], path, path.read_bytes()) == 0
 
 
 @pytest.mark.parametrize('number, said', [(errno.ENOSPC, 'disk is full'), (errno.EDQUOT, 'your share of the disk'), (errno.EIO, 'disk reports an error'),

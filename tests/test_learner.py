@@ -20,7 +20,7 @@ from bootmae_nb.images import image_files, sample_photo, sample_photos
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.losses import mim_loss, mim_targets
 from bootmae_nb.masking import BlockMask, PatchMask, RandomMask, hide_highest
-from bootmae_nb.models import encoder_only, mim_model
+from bootmae_nb.models import encoder_only, methods, mim_model
 from bootmae_nb.patches import patchify
 from bootmae_nb.targets import ema_update, norm_feature, variance_over_images
 from bootmae_nb.vit import zero_key_bias_grads
@@ -292,6 +292,10 @@ def test_a_grid_mask_by_its_name():
 def test_a_made_model_keeps_its_mask():
     model, dls = mim_model('mae', img_size=32, seed=5, **(tiny | dict(pixel_depth=1, pixel_heads=3))), mim_dls(img_size=32, bs=4, num_workers=0)
     with pytest.raises(TypeError, match="mask='block' cannot be changed in a model that is made already"): mim_learner(dls, model, mask='block')
+    own,other = model.method.name, next(o for o in methods if o != model.method.name)
+    for method in (other, methods[other]):
+        with pytest.raises(TypeError, match=f'the model is made already, for {own}, and cannot become one of {other}: leave method out'): mim_learner(dls, model, method)
+    for method in (None, own, model.method): assert mim_learner(dls, model, method).model is model
 
 
 @pytest.mark.cuda

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -18,7 +19,7 @@ from fastai.torch_core import get_model
 
 from common import equal, quietly, state
 from forks import run_forked
-from bootmae_nb import checkpoints, runs
+from bootmae_nb import checkpoints, cli, runs
 from bootmae_nb.checkpoints import load_model
 from bootmae_nb.data import mim_dls
 from bootmae_nb.images import sample_photo, sample_photos
@@ -153,7 +154,7 @@ def saving(folder, file, n):
             hit(lambda: os.truncate(path, os.path.getsize(path)//2))
         return _f
     runs.save_file,checkpoints.save_file = halved(runs.save_file), halved(checkpoints.save_file)
-    checkpoints.os.fsync,checkpoints.os.replace,Path.unlink,Path.write_text = map(before, (os.fsync, os.replace, Path.unlink, Path.write_text))
+    os.fsync,os.replace,Path.unlink,Path.write_text = map(before, (os.fsync, os.replace, Path.unlink, Path.write_text))
     train(folder, file, 'short', steps=1)
 
 
@@ -266,7 +267,7 @@ def photos(tmp_path_factory):
 
 
 class StopAt(Callback):
-    "Stops a run, as an exception would, after the state was saved"
+    "Stops a run, as an exception would, after the state was saved; without a place never, as a fit that is gone on with wants one of the name"
     order = 120
     def __init__(self, *at): self.at = at
     def after_batch(self):
@@ -323,14 +324,12 @@ def rich_run(photos, tmp_path_factory):
 
 def go_on(photos, folder, tmp_path, change=lambda state: None, monkeypatch=None):
     "The outcome of going on with a state in which something was changed"
-    import shutil
     copy = tmp_path/'copy'
     shutil.copytree(folder, copy)
     read = runs._read_state
     def changed(file): s = read(file); change(s); return s
     if monkeypatch: monkeypatch.setattr(runs, '_read_state', changed)
     learn = rich(photos, n=2)
-    class StopAt(Callback): pass
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         quietly(learn, 'resume', copy, cbs=StopAt())
@@ -352,11 +351,6 @@ def leave(*path, default=None):
         if default is None: s.pop(path[-1])
         else: s[path[-1]] = default(s[path[-1]]) if callable(default) else default
     return f
-
-
-def fresh_model(photos):
-    m = rich(photos).model.state_dict()
-    return lambda kept: {k: m[k] if kept(k) else v for k,v in m.items()}
 
 
 changes = {
@@ -417,18 +411,16 @@ def test_the_share_of_the_run_is_needed_under_a_schedule(tmp_path, monkeypatch):
         try: quietly(learn, 'fit_one_cycle', 3, 1e-2, cbs=[RunState(tmp_path/str(stop), steps=1), *([StopAt(1, 1)] if stop else [])])
         except RuntimeError: pass
         if not stop: whole = learn
-    class StopAt_(Callback): pass
-    StopAt_.__name__ = 'StopAt'
     read,lrs = runs._read_state, [o['lr'] for o in whole.journal.lines]
     for path,value in ((('place', 'pct_train'), 0.), (('callbacks', 'ParamScheduler', 'hps'), dict(lr=torch.zeros(0), mom=torch.zeros(0))), ((), None)):
         def changed(file, path=path, value=value):
             s = read(file)
             if path: leave(*path, default=lambda _: value)(s)
             return s
-        import shutil; shutil.rmtree(tmp_path/'copy', ignore_errors=True); shutil.copytree(tmp_path/'True', tmp_path/'copy')
+        shutil.rmtree(tmp_path/'copy', ignore_errors=True); shutil.copytree(tmp_path/'True', tmp_path/'copy')
         monkeypatch.setattr(runs, '_read_state', changed)
         rest = learner(cbs=[Journal()])
-        quietly(rest, 'resume', tmp_path/'copy', cbs=StopAt_())
+        quietly(rest, 'resume', tmp_path/'copy', cbs=StopAt())
         hps = {k: [float(o) for o in v] for k,v in whole.recorder.hps.items()}
         agrees = [o['lr'] for o in rest.journal.lines] == lrs[-len(rest.journal.lines):] and rest.recorder.hps == hps
         assert agrees == (path == ()), path
@@ -469,10 +461,6 @@ def stopped(folder, **kw):
     return learn
 
 
-class Any(Callback): pass
-Any.__name__ = 'StopAt'
-
-
 @pytest.mark.parametrize('kw,says', [(dict(seed=2), 'seed: 1 -> 2'), (dict(images='folder'), 'images.0.digest'),
     (dict(cbs=[GradientAccumulation(16)]), 'GradientAccumulation.n_acc: absent -> 16'),
                                      (dict(ema=.5), 'MomentumTeacher.decay_arg: None -> 0.5'),
@@ -483,7 +471,7 @@ def test_other_settings_are_named_and_refused(kw, says, tmp_path, photos):
     stopped(tmp_path)
     learn = learner(**kw | (dict(images=photos) if 'images' in kw else {}))
     before = state(learn.model)
-    with pytest.raises(ResumeError, match='was started with other settings') as e: quietly(learn, 'resume', tmp_path, cbs=Any())
+    with pytest.raises(ResumeError, match='was started with other settings') as e: quietly(learn, 'resume', tmp_path, cbs=StopAt())
     assert says in str(e.value) and '\n' not in str(e.value) and 'allow_changes' in str(e.value)
     assert equal(state(learn.model), before), 'nothing was loaded'
     quietly(learn, 'fit', 1)                                            # and the learner is as good as new
@@ -492,20 +480,19 @@ def test_other_settings_are_named_and_refused(kw, says, tmp_path, photos):
 def test_other_settings_are_taken_if_told_to(tmp_path, photos):
     stopped(tmp_path)
     learn = learner(images=photos, seed=3, cbs=[Journal()])
-    quietly(learn, 'resume', tmp_path, allow_changes=True, cbs=Any(), n_epoch=4)
+    quietly(learn, 'resume', tmp_path, allow_changes=True, cbs=StopAt(), n_epoch=4)
     assert [o['epoch'] for o in learn.journal.lines][-1] == 3 and find_state(tmp_path)[1]['finished']
     stopped(tmp_path/'b')
-    with pytest.raises(ResumeError, match='do not fit this model'): quietly(learner(width=48, pixel_width=48), 'resume', tmp_path/'b', allow_changes=True, cbs=Any())
-    with pytest.raises(ResumeError, match='give more epochs'): quietly(learner(), 'resume', tmp_path, allow_changes=True, cbs=Any(), n_epoch=1)
+    with pytest.raises(ResumeError, match='do not fit this model'): quietly(learner(width=48, pixel_width=48), 'resume', tmp_path/'b', allow_changes=True, cbs=StopAt())
+    with pytest.raises(ResumeError, match='give more epochs'): quietly(learner(), 'resume', tmp_path, allow_changes=True, cbs=StopAt(), n_epoch=1)
 
 
 def test_moved_folders_and_other_workers_change_nothing(tmp_path, photos):
-    import shutil
     stopped(tmp_path/'run', images=photos)
     shutil.copytree(photos, tmp_path/'elsewhere')
     shutil.move(tmp_path/'run', tmp_path/'moved')
     learn = learner(images=tmp_path/'elsewhere', workers=2)
-    quietly(learn, 'resume', tmp_path/'moved', cbs=Any())
+    quietly(learn, 'resume', tmp_path/'moved', cbs=StopAt())
     assert find_state(tmp_path/'moved')[1]['finished']
 
 
@@ -539,7 +526,7 @@ def test_a_search_or_a_table_of_files_too(tmp_path, photos):
 
 def test_another_folder_two_callbacks_and_fine_tune_are_refused(tmp_path):
     stopped(tmp_path/'a')
-    with pytest.raises(ResumeError, match='writes to .*b, and the run to go on with is in .*a'): learner(cbs=[RunState(tmp_path/'b')]).resume(tmp_path/'a', cbs=Any())
+    with pytest.raises(ResumeError, match='writes to .*b, and the run to go on with is in .*a'): learner(cbs=[RunState(tmp_path/'b')]).resume(tmp_path/'a', cbs=StopAt())
     with pytest.raises(ResumeError, match='two RunState callbacks'): quietly(learner(cbs=[RunState(tmp_path/'b')]), 'fit', 1, cbs=RunState(tmp_path/'b'))
     with pytest.raises(ResumeError, match='fine_tune is two fits'): quietly(learner(), 'fine_tune', 1, cbs=RunState(tmp_path/'b'))
     assert not [*(tmp_path/'b').rglob('*.json')]
@@ -660,3 +647,18 @@ def test_old_states_go_and_the_best_model_stays(tmp_path):
     valid = [o[1] for o in learn.recorder.values]
     assert info['best']['value'] == pytest.approx(min(valid)) and info['best']['epoch'] == 1 + valid.index(min(valid))
     assert load_model(tmp_path/'best.safetensors').method.name == 'bootmae'
+
+
+def test_what_takes_long_is_done_once(tmp_path, monkeypatch):
+    "The digest of a state, also by the command; a look at all files, not at each state"
+    calls = []
+    def counted(f): return lambda o: (calls.append(f.__name__), f(o))[1]
+    for f in (runs.file_digest, runs.environment): monkeypatch.setattr(runs, f.__name__, counted(f))
+    stopped(tmp_path)
+    assert calls.count('environment') == 1 < calls.count('file_digest')
+    calls.clear()
+    learn = learner(lr=.1)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ResumeError, match='other settings'): cli._resume(learn, 'fit_one_cycle', {}, tmp_path, False)
+    assert calls == ['file_digest', 'environment']
+    with pytest.raises(ResumeError, match='trains with fit_one_cycle, not with fit_paper'): cli._resume(learn, 'fit_paper', {}, tmp_path, False)
+    with pytest.raises(ResumeError, match='holds no state of a run'): cli._resume(learn, 'fit_paper', {}, tmp_path/'nowhere', False)
