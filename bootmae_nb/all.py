@@ -26,6 +26,7 @@ from .guards import *
 from .learner import *
 from .distributed import *
 from .recipes import *
+from .runs import *
 from .evaluate import *
 from .explore import *
 
