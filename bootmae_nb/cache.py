@@ -6,7 +6,7 @@
 __all__ = ['reduced_size', 'small_size', 'CacheError', 'DecodedImages', 'Decoded', 'OpenDecoded', 'resize_weights',
            'resample_crops', 'PackedCrops', 'CropBoxes', 'PackDecoded', 'ResampleCrops', 'open_decoded', 'build_cache']
 
-# %% ../nbs/03a_cache.ipynb #72d94049
+# %% ../nbs/03a_cache.ipynb #e373ca78
 import json
 import math
 import os
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from .data import CropImage, FlipCrop, PILGrey, TensorGrey, _collect, _for_all, _item_name
 from .images import MAX_PIXELS, ImageError, image_size, open_image, printable
 
-# %% ../nbs/03a_cache.ipynb #ea671b3d
+# %% ../nbs/03a_cache.ipynb #ea3d76b1
 def reduced_size(
     size: tuple,  # (width, height) of a JPEG file
     min_side: int,  # as for `open_image`
@@ -51,7 +51,7 @@ def small_size(
     short = min(size)
     return tuple(size) if short <= side else tuple(max(side, round(o * side / short)) for o in size)
 
-# %% ../nbs/03a_cache.ipynb #2d52c9c9
+# %% ../nbs/03a_cache.ipynb #af5196f4
 def _decode(o, side, channels, max_pixels):
     "Pixels of a small copy (h, w) or (h, w, channels), the size of the whole image upright, and whether it can be decoded at a reduced size"
     im = open_image(o, channels, max_pixels, min_side=side)
@@ -62,11 +62,11 @@ def _decode(o, side, channels, max_pixels):
     if im.size != size and min(im.size) > side: im = im.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(im), tuple(full), reduces
 
-# %% ../nbs/03a_cache.ipynb #0d0c355b
+# %% ../nbs/03a_cache.ipynb #2835cf03
 class CacheError(ValueError):
     "A cache of decoded images that cannot be used or made, with the reason"
 
-# %% ../nbs/03a_cache.ipynb #03a7a2b4
+# %% ../nbs/03a_cache.ipynb #bd96f5d3
 _format = 'bootmae_nb decoded 1'
 _names = {1: 'grey', 3: 'rgb', 4: 'rgba'}
 
@@ -82,7 +82,7 @@ def _from_line(line):
     digest,_,text = line.partition(b' ')
     return json.loads(text) if digest == _digest(text).encode() else None
 
-# %% ../nbs/03a_cache.ipynb #1ecb8262
+# %% ../nbs/03a_cache.ipynb #aea5718f
 @contextmanager
 def _told(what):
     "Errors of the disk as a sentence"
@@ -97,7 +97,7 @@ def _write_small(path, text):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/03a_cache.ipynb #dde71689
+# %% ../nbs/03a_cache.ipynb #b838dcc9
 _SETTLED = 2  # seconds: of a file that changed within them the state says nothing, as it may change again without showing
 
 def _state_of(path):
@@ -106,7 +106,7 @@ def _state_of(path):
     if time.time() - max(st.st_mtime, st.st_ctime) < _SETTLED: return ''
     return f'{st.st_size:x} {st.st_mtime_ns:x} {st.st_ctime_ns:x}'
 
-# %% ../nbs/03a_cache.ipynb #4b28878f
+# %% ../nbs/03a_cache.ipynb #26737248
 class _ToDecode(torch.utils.data.Dataset):
     "Parts of a list of files, decoded: for each file what belongs to its row and its pixels (`None` if they are known), or its `ImageError`"
     def __init__(self, items, known, side, channels, max_pixels, at_once):
@@ -126,7 +126,7 @@ class _ToDecode(torch.utils.data.Dataset):
         except ImageError as e: return e
         except OSError as e: return ImageError(f'{printable(os.fspath(o))} cannot be read ({e.strerror or e}): check the path, its permissions and the disk')
 
-# %% ../nbs/03a_cache.ipynb #837efc7a
+# %% ../nbs/03a_cache.ipynb #0ab5a5f5
 class DecodedImages:
     "Small copies of images, decoded once, in a file that is mapped into memory"
     def __init__(self,
@@ -157,7 +157,7 @@ class DecodedImages:
         except (ValueError, KeyError, TypeError): found = 'nothing that can be read'
         if found != _format: raise CacheError(f'{self.folder} holds {found!r}, where {_format!r} was expected: give another folder, or remove this one')
 
-# %% ../nbs/03a_cache.ipynb #c360969b
+# %% ../nbs/03a_cache.ipynb #346a45ad
 _row_type = np.dtype([('at', 'i8'), ('h', 'i4'), ('w', 'i4'), ('full', 'i4', 2), ('reduces', '?'), ('digest', 'S16'), ('state', 'S48'), ('content', 'S32')])
 
 def _packed(row):
@@ -165,7 +165,7 @@ def _packed(row):
     _,state,content,at,h,w,full_w,full_h,reduces,digest = row
     return at, h, w, (full_w, full_h), reduces, digest, state, content
 
-# %% ../nbs/03a_cache.ipynb #48566787
+# %% ../nbs/03a_cache.ipynb #4f233c44
 @patch
 def read(self: DecodedImages):
     "Take the index as it is on the disk now"
@@ -195,7 +195,7 @@ def names(self: DecodedImages): return [o for o,i in self.index.items() if self.
 @patch
 def __len__(self: DecodedImages): return sum(bool(self.there[i]) for i in self.index.values())
 
-# %% ../nbs/03a_cache.ipynb #afafceb3
+# %% ../nbs/03a_cache.ipynb #01c68968
 @patch
 def _pixels(self: DecodedImages, i):
     "Pixels of row `i`, (h, w) or (h, w, channels), in the file"
@@ -218,7 +218,7 @@ def __getitem__(self: DecodedImages,
         self.checked[i] = True
     return self._pixels(i), tuple(map(int, self.table['full'][i])), bool(self.table['reduces'][i])
 
-# %% ../nbs/03a_cache.ipynb #c1efa391
+# %% ../nbs/03a_cache.ipynb #223efb5c
 @patch
 def _look(self: DecodedImages, o):
     "Whether a file is in the cache as it is now"
@@ -252,7 +252,7 @@ def _check_space(self: DecodedImages, items):
         raise CacheError(f'{self.folder} needs about {need/1e9:,.2f} GB for {len(items):,} decoded images, and {free/1e9:,.2f} GB are free: make room, '
                          'choose a folder on another disk, or a smaller side')
 
-# %% ../nbs/03a_cache.ipynb #ef099269
+# %% ../nbs/03a_cache.ipynb #7c831062
 @patch
 def build(self: DecodedImages,
     items: list,  # names of files
@@ -292,7 +292,7 @@ def _alone(self: DecodedImages):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/03a_cache.ipynb #f7a95d88
+# %% ../nbs/03a_cache.ipynb #21fae91e
 @patch
 def _add(self: DecodedImages, missing, num_workers, at_once=32):
     "Decode files and write them; the errors by name"
@@ -320,7 +320,7 @@ def _known(self: DecodedImages):
     tail = zip(t['content'], t['at'].tolist(), t['h'].tolist(), t['w'].tolist(), t['full'].tolist(), t['reduces'].tolist(), t['digest'])
     return {content.decode(): (content.decode(), at, h, w, *full, reduces, digest.decode()) for content,at,h,w,full,reduces,digest in tail}
 
-# %% ../nbs/03a_cache.ipynb #1918e6df
+# %% ../nbs/03a_cache.ipynb #1bdcbdbf
 @patch
 @contextmanager
 def _writing(self: DecodedImages):
@@ -349,7 +349,7 @@ def _append(f, x, full, reduces):
     f.write(x.data)
     return at, *x.shape[:2], *full, reduces, _digest(x)
 
-# %% ../nbs/03a_cache.ipynb #64166b89
+# %% ../nbs/03a_cache.ipynb #78990e17
 @patch
 def _recognise(self: DecodedImages, missing):
     "Find files by their content, without writing; the errors by name"
@@ -366,7 +366,7 @@ def _recognise(self: DecodedImages, missing):
                          'make it writable, or choose another folder')
     return errors
 
-# %% ../nbs/03a_cache.ipynb #b16c84b1
+# %% ../nbs/03a_cache.ipynb #ed2c9910
 @patch
 def verify(self: DecodedImages,
     repair: bool = True,  # decode damaged images again, where their files are still there
@@ -390,7 +390,7 @@ def _repair(self: DecodedImages, bad):
     gone = [*errors, *(o for o in bad if not os.path.exists(o))]
     if gone: warnings.warn(f'{len(gone)} damaged images could not be decoded again, as their files are gone or unreadable, {printable(gone[0])} among them', stacklevel=3)
 
-# %% ../nbs/03a_cache.ipynb #3fd83461
+# %% ../nbs/03a_cache.ipynb #7cde0337
 @dataclass
 class Decoded:
     "The small copy of an image, on its way to a batch"
@@ -410,7 +410,7 @@ class Decoded:
         x,y = math.floor(x0), math.floor(y0)
         return replace(self, pixels=self.pixels[y:math.ceil(y1), x:math.ceil(x1)], box=(x0 - x, y0 - y, x1 - x, y1 - y))
 
-# %% ../nbs/03a_cache.ipynb #639ad490
+# %% ../nbs/03a_cache.ipynb #1cf5b2e3
 class OpenDecoded(Transform):
     "Any image that `open_image` can open as its small copy, from the cache if it is there"
     def __init__(self,
@@ -433,7 +433,7 @@ class OpenDecoded(Transform):
                           f'mend the cache with DecodedImages({str(c.home)!r}, {c.side}, {c.in_chans}).verify()', stacklevel=2)
         return _decode(o, c.side, c.in_chans, c.max_pixels)
 
-# %% ../nbs/03a_cache.ipynb #d2d9dd05
+# %% ../nbs/03a_cache.ipynb #d2dde7b0
 def _image_class(x): return PILGrey if x.ndim == 2 else PILImage
 
 @CropImage
@@ -446,7 +446,7 @@ def encodes(self, o: Decoded):
 @FlipCrop
 def encodes(self, o: Decoded): return replace(o, flip=True)  # noqa: F811
 
-# %% ../nbs/03a_cache.ipynb #a122d5bc
+# %% ../nbs/03a_cache.ipynb #51425eae
 def _cubic(t):
     "Keys' kernel with a = -1/2 for distances `t` >= 0"
     return torch.where(t < 1, (1.5*t - 2.5)*t*t + 1, torch.where(t < 2, ((-.5*t + 2.5)*t - 4)*t + 2, 0))
@@ -468,7 +468,7 @@ def resize_weights(
     w = w * (at < count[:, None, None])
     return w / w.sum(-1, keepdim=True)
 
-# %% ../nbs/03a_cache.ipynb #9a71015b
+# %% ../nbs/03a_cache.ipynb #7c10baa9
 def resample_crops(
     x: torch.Tensor,  # (B, H, W, C) uint8, images at the upper left
     box: torch.Tensor,  # (B, 7): left, top, right, bottom, width and height of the image, and 1 to mirror it
@@ -485,7 +485,7 @@ def resample_crops(
         if alpha: y[:, :3] *= torch.where(y[:, 3:] > .5, 255 / y[:, 3:], 0)
         return y.clamp_(0, 255)
 
-# %% ../nbs/03a_cache.ipynb #24332685
+# %% ../nbs/03a_cache.ipynb #1e61ea2f
 class PackedCrops(TensorBase):
     "(B, H, W, C) uint8: parts of images of different sizes, padded; goes from pinned memory to a device without waiting for it"
     def to(self, *args, **kwargs): return super().to(*args, **kwargs | (dict(non_blocking=True) if self.is_pinned() else {}))
@@ -515,11 +515,11 @@ class ResampleCrops(DisplayedTransform, ItemTransform):
         self.size,self.side = size, side
 
     def encodes(self, b):
-        if not isinstance(b[0], PackedCrops): return b
+        if not isinstance(b[0], PackedCrops): return tuple(b)
         y = resample_crops(*(o.as_subclass(torch.Tensor) for o in b), self.size)
         return (y.as_subclass(TensorGrey if y.shape[1] == 1 else TensorImage),)
 
-# %% ../nbs/03a_cache.ipynb #62ddb193
+# %% ../nbs/03a_cache.ipynb #757708af
 def open_decoded(
     decoded,  # folder of a cache, or a `DecodedImages`
     size: tuple,  # (height, width) of the crops
@@ -535,7 +535,7 @@ def open_decoded(
     if side not in (None, decoded.side): raise ValueError(f'the cache holds images with a short side of {decoded.side}, and decoded_side is {side}: leave one out')
     return OpenDecoded(decoded, min_side, later)
 
-# %% ../nbs/03a_cache.ipynb #1c6f1053
+# %% ../nbs/03a_cache.ipynb #fe1c4e22
 def build_cache(
     source,  # folder, list of files or DataFrame, as for `mim_dls`; 'photos': the packaged photographs
     folder: str | Path,  # where to keep the copies
