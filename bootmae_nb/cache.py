@@ -6,16 +6,18 @@
 __all__ = ['reduced_size', 'small_size', 'CacheError', 'DecodedImages', 'Decoded', 'OpenDecoded', 'resize_weights',
            'resample_crops', 'PackedCrops', 'CropBoxes', 'PackDecoded', 'ResampleCrops', 'open_decoded', 'build_cache']
 
-# %% ../nbs/03a_cache.ipynb #e373ca78
+# %% ../nbs/03a_cache.ipynb #11fff861
 import json
 import math
 import os
 import shutil
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b, file_digest
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from tqdm import tqdm
 from .data import CropImage, FlipCrop, PILGrey, TensorGrey, _collect, _for_all, _item_name
 from .images import MAX_PIXELS, ImageError, image_size, open_image, printable
 
-# %% ../nbs/03a_cache.ipynb #ea3d76b1
+# %% ../nbs/03a_cache.ipynb #bfedc28e
 def reduced_size(
     size: tuple,  # (width, height) of a JPEG file
     min_side: int,  # as for `open_image`
@@ -51,7 +53,7 @@ def small_size(
     short = min(size)
     return tuple(size) if short <= side else tuple(max(side, round(o * side / short)) for o in size)
 
-# %% ../nbs/03a_cache.ipynb #af5196f4
+# %% ../nbs/03a_cache.ipynb #6d73db93
 def _decode(o, side, channels, max_pixels):
     "Pixels of a small copy (h, w) or (h, w, channels), the size of the whole image upright, and whether it can be decoded at a reduced size"
     im = open_image(o, channels, max_pixels, min_side=side)
@@ -62,11 +64,11 @@ def _decode(o, side, channels, max_pixels):
     if im.size != size and min(im.size) > side: im = im.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(im), tuple(full), reduces
 
-# %% ../nbs/03a_cache.ipynb #2835cf03
+# %% ../nbs/03a_cache.ipynb #9fd0506c
 class CacheError(ValueError):
     "A cache of decoded images that cannot be used or made, with the reason"
 
-# %% ../nbs/03a_cache.ipynb #bd96f5d3
+# %% ../nbs/03a_cache.ipynb #315495e8
 _format = 'bootmae_nb decoded 1'
 _names = {1: 'grey', 3: 'rgb', 4: 'rgba'}
 
@@ -82,7 +84,7 @@ def _from_line(line):
     digest,_,text = line.partition(b' ')
     return json.loads(text) if digest == _digest(text).encode() else None
 
-# %% ../nbs/03a_cache.ipynb #aea5718f
+# %% ../nbs/03a_cache.ipynb #8a14aa88
 @contextmanager
 def _told(what):
     "Errors of the disk as a sentence"
@@ -97,7 +99,7 @@ def _write_small(path, text):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/03a_cache.ipynb #b838dcc9
+# %% ../nbs/03a_cache.ipynb #5b83b8c5
 _SETTLED = 2  # seconds: of a file that changed within them the state says nothing, as it may change again without showing
 
 def _state_of(path):
@@ -106,14 +108,17 @@ def _state_of(path):
     if time.time() - max(st.st_mtime, st.st_ctime) < _SETTLED: return ''
     return f'{st.st_size:x} {st.st_mtime_ns:x} {st.st_ctime_ns:x}'
 
-# %% ../nbs/03a_cache.ipynb #26737248
+# %% ../nbs/03a_cache.ipynb #e7cb82fc
 class _ToDecode(torch.utils.data.Dataset):
-    "Parts of a list of files, decoded: for each file what belongs to its row and its pixels (`None` if they are known), or its `ImageError`"
+    "Parts of a list of files, decoded: for each file state, content and [shape, size, reduces], `None` if the content is known, or its `ImageError`; and all pixels"
     def __init__(self, items, known, side, channels, max_pixels, at_once):
         self.parts,self.known,self.args = list(chunked(items, at_once)), known, (side, channels, max_pixels)
 
     def __len__(self): return len(self.parts)
-    def __getitem__(self, i): return [self._take(o) for o in self.parts[i]]
+    def __getitem__(self, i):
+        found = [self._take(o) for o in self.parts[i]]
+        pixels = [o[2].pop(0) for o in found if not isinstance(o, ImageError) and o[2]]
+        return found, torch.from_numpy(np.concatenate([o.reshape(-1) for o in pixels])) if pixels else None     # a tensor goes through shared memory
 
     def _take(self, o):
         try:
@@ -122,11 +127,11 @@ class _ToDecode(torch.utils.data.Dataset):
             with open(o, 'rb') as f: content = file_digest(f, lambda: blake2b(digest_size=16)).hexdigest()
             if content in self.known: return state, content, None
             decoded = _decode(o, *self.args)
-            return state if state == _state_of(o) else '', content, decoded
+            return state if state == _state_of(o) else '', content, [decoded[0], decoded[0].shape, *decoded[1:]]
         except ImageError as e: return e
         except OSError as e: return ImageError(f'{printable(os.fspath(o))} cannot be read ({e.strerror or e}): check the path, its permissions and the disk')
 
-# %% ../nbs/03a_cache.ipynb #0ab5a5f5
+# %% ../nbs/03a_cache.ipynb #76ce6d20
 class DecodedImages:
     "Small copies of images, decoded once, in a file that is mapped into memory"
     def __init__(self,
@@ -157,7 +162,7 @@ class DecodedImages:
         except (ValueError, KeyError, TypeError): found = 'nothing that can be read'
         if found != _format: raise CacheError(f'{self.folder} holds {found!r}, where {_format!r} was expected: give another folder, or remove this one')
 
-# %% ../nbs/03a_cache.ipynb #346a45ad
+# %% ../nbs/03a_cache.ipynb #88859659
 _row_type = np.dtype([('at', 'i8'), ('h', 'i4'), ('w', 'i4'), ('full', 'i4', 2), ('reduces', '?'), ('digest', 'S16'), ('state', 'S48'), ('content', 'S32')])
 
 def _packed(row):
@@ -165,7 +170,7 @@ def _packed(row):
     _,state,content,at,h,w,full_w,full_h,reduces,digest = row
     return at, h, w, (full_w, full_h), reduces, digest, state, content
 
-# %% ../nbs/03a_cache.ipynb #4f233c44
+# %% ../nbs/03a_cache.ipynb #308f4d81
 @patch
 def read(self: DecodedImages):
     "Take the index as it is on the disk now"
@@ -195,7 +200,7 @@ def names(self: DecodedImages): return [o for o,i in self.index.items() if self.
 @patch
 def __len__(self: DecodedImages): return sum(bool(self.there[i]) for i in self.index.values())
 
-# %% ../nbs/03a_cache.ipynb #01c68968
+# %% ../nbs/03a_cache.ipynb #0a548c9e
 @patch
 def _pixels(self: DecodedImages, i):
     "Pixels of row `i`, (h, w) or (h, w, channels), in the file"
@@ -218,7 +223,7 @@ def __getitem__(self: DecodedImages,
         self.checked[i] = True
     return self._pixels(i), tuple(map(int, self.table['full'][i])), bool(self.table['reduces'][i])
 
-# %% ../nbs/03a_cache.ipynb #223efb5c
+# %% ../nbs/03a_cache.ipynb #7b0d7a9f
 @patch
 def _look(self: DecodedImages, o):
     "Whether a file is in the cache as it is now"
@@ -252,7 +257,7 @@ def _check_space(self: DecodedImages, items):
         raise CacheError(f'{self.folder} needs about {need/1e9:,.2f} GB for {len(items):,} decoded images, and {free/1e9:,.2f} GB are free: make room, '
                          'choose a folder on another disk, or a smaller side')
 
-# %% ../nbs/03a_cache.ipynb #7c831062
+# %% ../nbs/03a_cache.ipynb #0d11225f
 @patch
 def build(self: DecodedImages,
     items: list,  # names of files
@@ -292,7 +297,7 @@ def _alone(self: DecodedImages):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/03a_cache.ipynb #21fae91e
+# %% ../nbs/03a_cache.ipynb #0ce5cd51
 @patch
 def _add(self: DecodedImages, missing, num_workers, at_once=32):
     "Decode files and write them; the errors by name"
@@ -303,15 +308,28 @@ def _add(self: DecodedImages, missing, num_workers, at_once=32):
     known,errors,quiet = self._known(), {}, len(missing) <= 2000
     todo = _ToDecode(missing, set(known), self.side, self.in_chans, self.max_pixels, at_once)
     if num_workers is None: num_workers = min(16, num_cpus()) if len(todo) >= 8 and num_cpus() > 1 else 0
-    parts = DataLoader(todo, batch_size=None, num_workers=num_workers, collate_fn=_as_is, generator=torch.Generator())
+    parts = DataLoader(todo, batch_size=None, num_workers=num_workers, collate_fn=_as_is, generator=torch.Generator(), worker_init_fn=partial(_die_with, os.getpid()))
     with self._writing() as write, tqdm(total=len(missing), desc='decoding images', disable=quiet or None) as bar:
-        for names,part in zip(todo.parts, parts):
+        for names,(part,x) in zip(todo.parts, parts):
             errors |= {o: e for o,e in zip(names, part) if isinstance(e, ImageError)}
-            write([(o, *found) for o,found in zip(names, part) if not isinstance(found, ImageError)], known)
+            write([(o, *found) for o,found in zip(names, part) if not isinstance(found, ImageError) and not self._says(o, *found)], x, known)
             bar.update(len(part))
     return errors
 
 def _as_is(o): return o
+
+def _die_with(parent, _):
+    "End this process when the one that started it is gone, which could not say so"
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+@patch
+def _says(self: DecodedImages, name, state, content, decoded):
+    "Whether the index says already what there is to say of a file"
+    i = self.find(name)
+    return decoded is None and not state and i is not None and self.table['content'][i].decode() == content
 
 @patch
 def _known(self: DecodedImages):
@@ -320,7 +338,7 @@ def _known(self: DecodedImages):
     tail = zip(t['content'], t['at'].tolist(), t['h'].tolist(), t['w'].tolist(), t['full'].tolist(), t['reduces'].tolist(), t['digest'])
     return {content.decode(): (content.decode(), at, h, w, *full, reduces, digest.decode()) for content,at,h,w,full,reduces,digest in tail}
 
-# %% ../nbs/03a_cache.ipynb #1bdcbdbf
+# %% ../nbs/03a_cache.ipynb #f12aa6c6
 @patch
 @contextmanager
 def _writing(self: DecodedImages):
@@ -329,27 +347,30 @@ def _writing(self: DecodedImages):
         with open(self._file('pixels'), 'ab') as pixels, open(self._file('index.jsonl'), 'ab') as index:
             index.truncate(_whole_lines(self._file('index.jsonl')))
             pixels.truncate(int(self.ends.max(initial=0)))
-            yield lambda found, known: _write(pixels, index, found, known)
+            yield partial(_write, pixels, index)
 
 def _whole_lines(path):
     "Bytes up to the end of the last line"
     return path.read_bytes().rfind(b'\n') + 1
 
-def _write(pixels, index, found, known):
+def _write(pixels, index, found, x, known):
     "Pixels first, and on the disk, then their rows"
-    rows = []
+    rows,at = [], 0
     for name,state,content,decoded in found:
-        if content not in known: known[content] = (content, *_append(pixels, *decoded))
+        if decoded:
+            shape,full,reduces = decoded
+            start,at = at, at + math.prod(shape)
+            if content not in known: known[content] = (content, _append(pixels, x.numpy()[start:at]), *shape[:2], *full, reduces, _digest(x.numpy()[start:at]))
         rows.append((name, state, *known[content]))
     for f,data in (pixels, b''), (index, b''.join(map(_as_line, rows))): f.write(data); f.flush(); os.fsync(f.fileno())
 
-def _append(f, x, full, reduces):
-    x = np.ascontiguousarray(x)
+def _append(f, x):
+    "Where it was written"
     at = f.seek(0, os.SEEK_END)
     f.write(x.data)
-    return at, *x.shape[:2], *full, reduces, _digest(x)
+    return at
 
-# %% ../nbs/03a_cache.ipynb #78990e17
+# %% ../nbs/03a_cache.ipynb #ae83cb7b
 @patch
 def _recognise(self: DecodedImages, missing):
     "Find files by their content, without writing; the errors by name"
@@ -366,7 +387,7 @@ def _recognise(self: DecodedImages, missing):
                          'make it writable, or choose another folder')
     return errors
 
-# %% ../nbs/03a_cache.ipynb #ed2c9910
+# %% ../nbs/03a_cache.ipynb #337d5189
 @patch
 def verify(self: DecodedImages,
     repair: bool = True,  # decode damaged images again, where their files are still there
@@ -390,7 +411,7 @@ def _repair(self: DecodedImages, bad):
     gone = [*errors, *(o for o in bad if not os.path.exists(o))]
     if gone: warnings.warn(f'{len(gone)} damaged images could not be decoded again, as their files are gone or unreadable, {printable(gone[0])} among them', stacklevel=3)
 
-# %% ../nbs/03a_cache.ipynb #7cde0337
+# %% ../nbs/03a_cache.ipynb #76c441d3
 @dataclass
 class Decoded:
     "The small copy of an image, on its way to a batch"
@@ -410,7 +431,7 @@ class Decoded:
         x,y = math.floor(x0), math.floor(y0)
         return replace(self, pixels=self.pixels[y:math.ceil(y1), x:math.ceil(x1)], box=(x0 - x, y0 - y, x1 - x, y1 - y))
 
-# %% ../nbs/03a_cache.ipynb #1cf5b2e3
+# %% ../nbs/03a_cache.ipynb #9047d3dc
 class OpenDecoded(Transform):
     "Any image that `open_image` can open as its small copy, from the cache if it is there"
     def __init__(self,
@@ -433,7 +454,7 @@ class OpenDecoded(Transform):
                           f'mend the cache with DecodedImages({str(c.home)!r}, {c.side}, {c.in_chans}).verify()', stacklevel=2)
         return _decode(o, c.side, c.in_chans, c.max_pixels)
 
-# %% ../nbs/03a_cache.ipynb #d2dde7b0
+# %% ../nbs/03a_cache.ipynb #ec9a779c
 def _image_class(x): return PILGrey if x.ndim == 2 else PILImage
 
 @CropImage
@@ -446,7 +467,7 @@ def encodes(self, o: Decoded):
 @FlipCrop
 def encodes(self, o: Decoded): return replace(o, flip=True)  # noqa: F811
 
-# %% ../nbs/03a_cache.ipynb #51425eae
+# %% ../nbs/03a_cache.ipynb #e2ae6d7b
 def _cubic(t):
     "Keys' kernel with a = -1/2 for distances `t` >= 0"
     return torch.where(t < 1, (1.5*t - 2.5)*t*t + 1, torch.where(t < 2, ((-.5*t + 2.5)*t - 4)*t + 2, 0))
@@ -468,7 +489,7 @@ def resize_weights(
     w = w * (at < count[:, None, None])
     return w / w.sum(-1, keepdim=True)
 
-# %% ../nbs/03a_cache.ipynb #7c10baa9
+# %% ../nbs/03a_cache.ipynb #0108b1a9
 def resample_crops(
     x: torch.Tensor,  # (B, H, W, C) uint8, images at the upper left
     box: torch.Tensor,  # (B, 7): left, top, right, bottom, width and height of the image, and 1 to mirror it
@@ -482,10 +503,11 @@ def resample_crops(
         if alpha := y.shape[2] == 4: y[:, :, :3] *= y[:, :, 3:] / 255                              # as Pillow does: colours of what is transparent don't count
         y = (y.flatten(1, 2) @ cols.mT).unflatten(1, y.shape[1:3])
         y = (rows @ y.flatten(2)).view(len(x), size[0], -1, size[1]).transpose(1, 2).contiguous()
-        if alpha: y[:, :3] *= torch.where(y[:, 3:] > .5, 255 / y[:, 3:], 0)
+        y.clamp_(0, 255)
+        if alpha: y[:, :3] *= torch.where(y[:, 3:] >= .5, 255 / y[:, 3:], 0)
         return y.clamp_(0, 255)
 
-# %% ../nbs/03a_cache.ipynb #1e61ea2f
+# %% ../nbs/03a_cache.ipynb #b2806ad1
 class PackedCrops(TensorBase):
     "(B, H, W, C) uint8: parts of images of different sizes, padded; goes from pinned memory to a device without waiting for it"
     def to(self, *args, **kwargs): return super().to(*args, **kwargs | (dict(non_blocking=True) if self.is_pinned() else {}))
@@ -519,7 +541,7 @@ class ResampleCrops(DisplayedTransform, ItemTransform):
         y = resample_crops(*(o.as_subclass(torch.Tensor) for o in b), self.size)
         return (y.as_subclass(TensorGrey if y.shape[1] == 1 else TensorImage),)
 
-# %% ../nbs/03a_cache.ipynb #757708af
+# %% ../nbs/03a_cache.ipynb #120bd46a
 def open_decoded(
     decoded,  # folder of a cache, or a `DecodedImages`
     size: tuple,  # (height, width) of the crops
@@ -535,7 +557,7 @@ def open_decoded(
     if side not in (None, decoded.side): raise ValueError(f'the cache holds images with a short side of {decoded.side}, and decoded_side is {side}: leave one out')
     return OpenDecoded(decoded, min_side, later)
 
-# %% ../nbs/03a_cache.ipynb #fe1c4e22
+# %% ../nbs/03a_cache.ipynb #05eb609e
 def build_cache(
     source,  # folder, list of files or DataFrame, as for `mim_dls`; 'photos': the packaged photographs
     folder: str | Path,  # where to keep the copies

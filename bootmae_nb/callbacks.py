@@ -271,11 +271,12 @@ class CPUBFloat16(Callback):
     def after_loss(self): self.close()
     def after_batch(self): self.close()
 
-# %% ../nbs/12_callbacks.ipynb #0153f701
+# %% ../nbs/12_callbacks.ipynb #a61ea432
 class DataWait(Callback):
     "Measure the share of the training time that passed in waiting for the next batch; asks nothing of the device"
     order,run_valid = 99,False
-    def before_fit(self): self.shares,self.waited,self.took = [], 0., 0.     # for each epoch; seconds, of all epochs
+    shares,waited,took = (), 0., 0.                     # of each epoch; seconds of all epochs
+    def before_fit(self): self.shares,self.waited,self.took = [], 0., 0.
     def before_train(self): self.marks = self.start = self._now()
     def after_batch(self):
         if not self.training: return

@@ -183,7 +183,8 @@ def _learner(a, s, r, device, precision, bs, out):
     from bootmae_nb.settings import pick_workers
     ema,size,seed = _ema(a.ema or ('paper' if a.recipe else 'run')), _size(a.img_size or '224'), s.seed if a.seed is None else a.seed
     dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip,
-                  valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, leave_out=_read_run(out)['left_out'] if a.resume else None, decoded=a.decoded, decoded_side=a.decoded_side,
+                  valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, leave_out=_read_run(out)['left_out'] if a.resume else None,
+                  decoded=a.decoded, decoded_side=a.decoded_side,
                   num_workers=pick_workers(s.workers if a.workers is None else a.workers))
     given = dict(mask_ratio=a.mask_ratio, teacher=a.teacher, patch_size=a.patch_size, mask=a.mask) | (dict(ema=ema) if ema is not None else {})
     ablations = _assignments(a.set) | {k: v for k,v in given.items() if v is not None}
