@@ -10,6 +10,7 @@ from .settings import *
 from .patches import *
 from .images import *
 from .data import *
+from .cache import *
 from .masking import *
 from .vit import *
 from .models import *

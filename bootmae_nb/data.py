@@ -561,7 +561,7 @@ def _home(source, pref):
     if isinstance(source, (str, Path)) and Path(source).exists(): return Path(source) if Path(source).is_dir() else Path(source).parent
     return Path(pref or '.')
 
-# %% ../nbs/03_data.ipynb #f7cd67e2
+# %% ../nbs/03_data.ipynb #9965b460
 def _from_copies(decoded, size, side, opener, device):
     "Instead of an `OpenImage`: what opens images, what looks at the files, what resizes the crops of a batch, and further arguments of the loaders"
     from bootmae_nb.cache import PackDecoded, ResampleCrops, open_decoded       # further down, as it builds on this module

@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -141,7 +143,7 @@ def test_the_batch_resizes_opacity_as_pillow_does(tmp_path):
     d = Decoded(x, (70, 50)).cropped((0, 0), (70, 50))
     want = torch.from_numpy(np.array(Image.fromarray(x).resize((24, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1).float()
     got = resample_crops(torch.from_numpy(x)[None], torch.tensor([(*d.box, 70, 50, 0)]), (16, 24))[0]
-    assert (got - want).abs()[:, want[3] > 60].max() < 4 and (got - want)[3].abs().max() <= 1.5
+    assert (got - want).abs()[:, want[3] > 60].max() < 4 and (got - want).abs()[:, want[3] > 60].mean() < .8
 
 
 @pytest.mark.parametrize('autocast', [False, True])
@@ -506,6 +508,20 @@ def test_the_files_say_what_they_are(folder):
     assert sorted(o.name for o in c.folder.iterdir() if o.name != 'lock') == ['about.json', 'index.jsonl', 'pixels']
     assert json.loads((c.folder/'about.json').read_text())['side'] == 20 and '12 images, 0.0 MB' in repr(c)
     with pytest.raises(KeyError): c[folder/'nothing.png']
+
+
+@pytest.mark.slow
+def test_the_command_makes_and_uses_one(folder, tmp_path_factory):
+    at,env = tmp_path_factory.mktemp('run'), dict(os.environ, BOOTMAE_DEVICE='cpu', PYTHONWARNINGS='ignore::FutureWarning')
+    def run(*args): return subprocess.run([Path(sys.executable).parent/'bootmae-train', *map(str, args)], capture_output=True, text=True, timeout=300, env=env)
+    sizes = ['--arch', 'vit_tiny_patch16_224', '--img-size', '32', '--patch-size', '8', '--bs', '4', '--set', 'width=48', 'depth=2', 'heads=3', 'pixel_width=48']
+    done = run(folder, *sizes, '--epochs', 2, '--crops', 2, '--decoded', at/'c', '--decoded-side', 36, '--out', at/'run')
+    assert done.returncode == 0, done.stderr
+    assert '% of the training time' in done.stdout and len(DecodedImages(at/'c', 36)) == 12
+    shutil.move(at/'c', at/'d')
+    done = run('--resume', at/'run', '--epochs', 3, '--allow-changes', '--decoded', at/'d')
+    assert done.returncode == 0, done.stderr
+    assert not (at/'c').exists() and json.loads((at/'run'/'run.json').read_text())['arguments']['decoded'] == str(at/'d')
 
 
 # ---- waiting
