@@ -362,7 +362,7 @@ class Power:
 def test_killed_at_any_moment(folder, tmp_path_factory):
     want = {o.name: np.asarray(open_image(o)) for o in folder.glob('*.png')}
     kills = 0
-    for n in range(60):
+    for n in range(0, 60, 2):
         at = tmp_path_factory.mktemp('c')
         def build(n=n, at=at):
             power = Power(n)
@@ -374,7 +374,7 @@ def test_killed_at_any_moment(folder, tmp_path_factory):
         if status == 0: break
         assert status == -signal.SIGKILL
         kills += 1
-        if n % 2 and len(DecodedImages(at, 100)) < 12:                                 # and a torn write
+        if n % 4 and len(DecodedImages(at, 100)) < 12:                                 # and a torn write
             with open(at/'100px_rgb'/'index.jsonl', 'ab') as f: f.write(b'0123456789abcdef ["/half')
             with open(at/'100px_rgb'/'pixels', 'ab') as f: f.write(b'half')
         before = DecodedImages(at, 100)
@@ -382,7 +382,7 @@ def test_killed_at_any_moment(folder, tmp_path_factory):
         after = build_cache(folder, at, 100)
         assert {Path(o).name: after[o][0].tobytes() for o in after.names} == {k: v.tobytes() for k,v in want.items()} and after.verify() == []
         assert after.n_bytes == sum(v.size for v in want.values()), 'nothing twice'
-    assert 15 < kills < 60
+    assert 15 < kills < 30
 
 
 def test_a_builder_with_workers_is_killed(photos, tmp_path):
