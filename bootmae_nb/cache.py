@@ -6,7 +6,7 @@
 __all__ = ['reduced_size', 'small_size', 'CacheError', 'DecodedImages', 'Decoded', 'OpenDecoded', 'resize_weights',
            'resample_crops', 'PackedCrops', 'CropBoxes', 'PackDecoded', 'ResampleCrops', 'open_decoded', 'build_cache']
 
-# %% ../nbs/03a_cache.ipynb #11fff861
+# %% ../nbs/03a_cache.ipynb #97d0ca0d
 import json
 import math
 import os
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from .data import CropImage, FlipCrop, PILGrey, TensorGrey, _collect, _for_all, _item_name
 from .images import MAX_PIXELS, ImageError, image_size, open_image, printable
 
-# %% ../nbs/03a_cache.ipynb #bfedc28e
+# %% ../nbs/03a_cache.ipynb #2bf19415
 def reduced_size(
     size: tuple,  # (width, height) of a JPEG file
     min_side: int,  # as for `open_image`
@@ -53,7 +53,7 @@ def small_size(
     short = min(size)
     return tuple(size) if short <= side else tuple(max(side, round(o * side / short)) for o in size)
 
-# %% ../nbs/03a_cache.ipynb #6d73db93
+# %% ../nbs/03a_cache.ipynb #5506ef2f
 def _decode(o, side, channels, max_pixels):
     "Pixels of a small copy (h, w) or (h, w, channels), the size of the whole image upright, and whether it can be decoded at a reduced size"
     im = open_image(o, channels, max_pixels, min_side=side)
@@ -64,11 +64,11 @@ def _decode(o, side, channels, max_pixels):
     if im.size != size and min(im.size) > side: im = im.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(im), tuple(full), reduces
 
-# %% ../nbs/03a_cache.ipynb #9fd0506c
+# %% ../nbs/03a_cache.ipynb #9268cee6
 class CacheError(ValueError):
     "A cache of decoded images that cannot be used or made, with the reason"
 
-# %% ../nbs/03a_cache.ipynb #315495e8
+# %% ../nbs/03a_cache.ipynb #9d4d822c
 _format = 'bootmae_nb decoded 1'
 _names = {1: 'grey', 3: 'rgb', 4: 'rgba'}
 
@@ -84,7 +84,7 @@ def _from_line(line):
     digest,_,text = line.partition(b' ')
     return json.loads(text) if digest == _digest(text).encode() else None
 
-# %% ../nbs/03a_cache.ipynb #8a14aa88
+# %% ../nbs/03a_cache.ipynb #4c112f93
 @contextmanager
 def _told(what):
     "Errors of the disk as a sentence"
@@ -99,7 +99,7 @@ def _write_small(path, text):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/03a_cache.ipynb #5b83b8c5
+# %% ../nbs/03a_cache.ipynb #6105eca5
 _SETTLED = 2  # seconds: of a file that changed within them the state says nothing, as it may change again without showing
 
 def _state_of(path):
@@ -108,7 +108,7 @@ def _state_of(path):
     if time.time() - max(st.st_mtime, st.st_ctime) < _SETTLED: return ''
     return f'{st.st_size:x} {st.st_mtime_ns:x} {st.st_ctime_ns:x}'
 
-# %% ../nbs/03a_cache.ipynb #e7cb82fc
+# %% ../nbs/03a_cache.ipynb #8e328547
 class _ToDecode(torch.utils.data.Dataset):
     "Parts of a list of files, decoded: for each file state, content and [shape, size, reduces], `None` if the content is known, or its `ImageError`; and all pixels"
     def __init__(self, items, known, side, channels, max_pixels, at_once):
@@ -131,7 +131,7 @@ class _ToDecode(torch.utils.data.Dataset):
         except ImageError as e: return e
         except OSError as e: return ImageError(f'{printable(os.fspath(o))} cannot be read ({e.strerror or e}): check the path, its permissions and the disk')
 
-# %% ../nbs/03a_cache.ipynb #76ce6d20
+# %% ../nbs/03a_cache.ipynb #1b830ec0
 class DecodedImages:
     "Small copies of images, decoded once, in a file that is mapped into memory"
     def __init__(self,
@@ -162,7 +162,7 @@ class DecodedImages:
         except (ValueError, KeyError, TypeError): found = 'nothing that can be read'
         if found != _format: raise CacheError(f'{self.folder} holds {found!r}, where {_format!r} was expected: give another folder, or remove this one')
 
-# %% ../nbs/03a_cache.ipynb #88859659
+# %% ../nbs/03a_cache.ipynb #ae886f7e
 _row_type = np.dtype([('at', 'i8'), ('h', 'i4'), ('w', 'i4'), ('full', 'i4', 2), ('reduces', '?'), ('digest', 'S16'), ('state', 'S48'), ('content', 'S32')])
 
 def _packed(row):
@@ -170,7 +170,7 @@ def _packed(row):
     _,state,content,at,h,w,full_w,full_h,reduces,digest = row
     return at, h, w, (full_w, full_h), reduces, digest, state, content
 
-# %% ../nbs/03a_cache.ipynb #308f4d81
+# %% ../nbs/03a_cache.ipynb #64d8e6b8
 @patch
 def read(self: DecodedImages):
     "Take the index as it is on the disk now"
@@ -200,7 +200,7 @@ def names(self: DecodedImages): return [o for o,i in self.index.items() if self.
 @patch
 def __len__(self: DecodedImages): return sum(bool(self.there[i]) for i in self.index.values())
 
-# %% ../nbs/03a_cache.ipynb #0a548c9e
+# %% ../nbs/03a_cache.ipynb #7c41d88d
 @patch
 def _pixels(self: DecodedImages, i):
     "Pixels of row `i`, (h, w) or (h, w, channels), in the file"
@@ -223,7 +223,7 @@ def __getitem__(self: DecodedImages,
         self.checked[i] = True
     return self._pixels(i), tuple(map(int, self.table['full'][i])), bool(self.table['reduces'][i])
 
-# %% ../nbs/03a_cache.ipynb #7b0d7a9f
+# %% ../nbs/03a_cache.ipynb #16d96b0f
 @patch
 def _look(self: DecodedImages, o):
     "Whether a file is in the cache as it is now"
@@ -257,7 +257,7 @@ def _check_space(self: DecodedImages, items):
         raise CacheError(f'{self.folder} needs about {need/1e9:,.2f} GB for {len(items):,} decoded images, and {free/1e9:,.2f} GB are free: make room, '
                          'choose a folder on another disk, or a smaller side')
 
-# %% ../nbs/03a_cache.ipynb #0d11225f
+# %% ../nbs/03a_cache.ipynb #a5e4e832
 @patch
 def build(self: DecodedImages,
     items: list,  # names of files
@@ -297,7 +297,7 @@ def _alone(self: DecodedImages):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/03a_cache.ipynb #0ce5cd51
+# %% ../nbs/03a_cache.ipynb #4cb841be
 @patch
 def _add(self: DecodedImages, missing, num_workers, at_once=32):
     "Decode files and write them; the errors by name"
@@ -338,7 +338,7 @@ def _known(self: DecodedImages):
     tail = zip(t['content'], t['at'].tolist(), t['h'].tolist(), t['w'].tolist(), t['full'].tolist(), t['reduces'].tolist(), t['digest'])
     return {content.decode(): (content.decode(), at, h, w, *full, reduces, digest.decode()) for content,at,h,w,full,reduces,digest in tail}
 
-# %% ../nbs/03a_cache.ipynb #f12aa6c6
+# %% ../nbs/03a_cache.ipynb #0f2b2b90
 @patch
 @contextmanager
 def _writing(self: DecodedImages):
@@ -370,7 +370,7 @@ def _append(f, x):
     f.write(x.data)
     return at
 
-# %% ../nbs/03a_cache.ipynb #ae83cb7b
+# %% ../nbs/03a_cache.ipynb #bc98e678
 @patch
 def _recognise(self: DecodedImages, missing):
     "Find files by their content, without writing; the errors by name"
@@ -387,7 +387,7 @@ def _recognise(self: DecodedImages, missing):
                          'make it writable, or choose another folder')
     return errors
 
-# %% ../nbs/03a_cache.ipynb #337d5189
+# %% ../nbs/03a_cache.ipynb #91d2d6a3
 @patch
 def verify(self: DecodedImages,
     repair: bool = True,  # decode damaged images again, where their files are still there
@@ -411,7 +411,7 @@ def _repair(self: DecodedImages, bad):
     gone = [*errors, *(o for o in bad if not os.path.exists(o))]
     if gone: warnings.warn(f'{len(gone)} damaged images could not be decoded again, as their files are gone or unreadable, {printable(gone[0])} among them', stacklevel=3)
 
-# %% ../nbs/03a_cache.ipynb #76c441d3
+# %% ../nbs/03a_cache.ipynb #d6345314
 @dataclass
 class Decoded:
     "The small copy of an image, on its way to a batch"
@@ -431,7 +431,7 @@ class Decoded:
         x,y = math.floor(x0), math.floor(y0)
         return replace(self, pixels=self.pixels[y:math.ceil(y1), x:math.ceil(x1)], box=(x0 - x, y0 - y, x1 - x, y1 - y))
 
-# %% ../nbs/03a_cache.ipynb #9047d3dc
+# %% ../nbs/03a_cache.ipynb #d1767076
 class OpenDecoded(Transform):
     "Any image that `open_image` can open as its small copy, from the cache if it is there"
     def __init__(self,
@@ -454,7 +454,7 @@ class OpenDecoded(Transform):
                           f'mend the cache with DecodedImages({str(c.home)!r}, {c.side}, {c.in_chans}).verify()', stacklevel=2)
         return _decode(o, c.side, c.in_chans, c.max_pixels)
 
-# %% ../nbs/03a_cache.ipynb #ec9a779c
+# %% ../nbs/03a_cache.ipynb #9b17f5c8
 def _image_class(x): return PILGrey if x.ndim == 2 else PILImage
 
 @CropImage
@@ -467,7 +467,7 @@ def encodes(self, o: Decoded):
 @FlipCrop
 def encodes(self, o: Decoded): return replace(o, flip=True)  # noqa: F811
 
-# %% ../nbs/03a_cache.ipynb #e2ae6d7b
+# %% ../nbs/03a_cache.ipynb #7c518817
 def _cubic(t):
     "Keys' kernel with a = -1/2 for distances `t` >= 0"
     return torch.where(t < 1, (1.5*t - 2.5)*t*t + 1, torch.where(t < 2, ((-.5*t + 2.5)*t - 4)*t + 2, 0))
@@ -489,7 +489,7 @@ def resize_weights(
     w = w * (at < count[:, None, None])
     return w / w.sum(-1, keepdim=True)
 
-# %% ../nbs/03a_cache.ipynb #0108b1a9
+# %% ../nbs/03a_cache.ipynb #f2d71653
 def resample_crops(
     x: torch.Tensor,  # (B, H, W, C) uint8, images at the upper left
     box: torch.Tensor,  # (B, 7): left, top, right, bottom, width and height of the image, and 1 to mirror it
@@ -507,7 +507,7 @@ def resample_crops(
         if alpha: y[:, :3] *= torch.where(y[:, 3:] >= .5, 255 / y[:, 3:], 0)
         return y.clamp_(0, 255)
 
-# %% ../nbs/03a_cache.ipynb #b2806ad1
+# %% ../nbs/03a_cache.ipynb #a61a873b
 class PackedCrops(TensorBase):
     "(B, H, W, C) uint8: parts of images of different sizes, padded; goes from pinned memory to a device without waiting for it"
     def to(self, *args, **kwargs): return super().to(*args, **kwargs | (dict(non_blocking=True) if self.is_pinned() else {}))
@@ -541,7 +541,7 @@ class ResampleCrops(DisplayedTransform, ItemTransform):
         y = resample_crops(*(o.as_subclass(torch.Tensor) for o in b), self.size)
         return (y.as_subclass(TensorGrey if y.shape[1] == 1 else TensorImage),)
 
-# %% ../nbs/03a_cache.ipynb #120bd46a
+# %% ../nbs/03a_cache.ipynb #6838e8ca
 def open_decoded(
     decoded,  # folder of a cache, or a `DecodedImages`
     size: tuple,  # (height, width) of the crops
@@ -557,7 +557,7 @@ def open_decoded(
     if side not in (None, decoded.side): raise ValueError(f'the cache holds images with a short side of {decoded.side}, and decoded_side is {side}: leave one out')
     return OpenDecoded(decoded, min_side, later)
 
-# %% ../nbs/03a_cache.ipynb #05eb609e
+# %% ../nbs/03a_cache.ipynb #83aa03e6
 def build_cache(
     source,  # folder, list of files or DataFrame, as for `mim_dls`; 'photos': the packaged photographs
     folder: str | Path,  # where to keep the copies
