@@ -11,6 +11,7 @@ from .files import *
 from .patches import *
 from .images import *
 from .data import *
+from .cache import *
 from .masking import *
 from .memory import *
 from .vit import *

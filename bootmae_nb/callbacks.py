@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MaskBatch', 'MimLoss', 'MimBatch', 'MomentumTeacher', 'is_fit', 'StagedTeacher', 'stage_ends', 'FeatureWeight',
-           'LossPart', 'TargetVariance', 'CPUBFloat16', 'ReconstructionLog']
+           'LossPart', 'TargetVariance', 'CPUBFloat16', 'DataWait', 'ReconstructionLog']
 
 # %% ../nbs/12_callbacks.ipynb #14f3c5aa
+import time
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.transforms import ItemTransform
 from fastai.learner import Metric
+from fastai.metrics import ValueMetric
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.foundation import L
 from fastcore.imports import in_notebook
@@ -269,6 +271,37 @@ class CPUBFloat16(Callback):
     def after_pred(self): self.learn.pred = {k: v.float() for k,v in self.pred.items()}
     def after_loss(self): self.close()
     def after_batch(self): self.close()
+
+# %% ../nbs/12_callbacks.ipynb #a61ea432
+class DataWait(Callback):
+    "Measure the share of the training time that passed in waiting for the next batch; asks nothing of the device"
+    order,run_valid = 99,False
+    shares,waited,took = (), 0., 0.                     # of each epoch; seconds of all epochs
+    def before_fit(self): self.shares,self.waited,self.took = [], 0., 0.
+    def before_train(self): self.marks = self.start = self._now()
+    def after_batch(self):
+        if not self.training: return
+        now = self._now()
+        self.took,self.waited = (v + b - a for v,a,b in zip((self.took, self.waited), self.marks, now))
+        self.marks = now
+
+    def after_train(self):
+        took,waited = (b - a for a,b in zip(self.start, self._now()))
+        self.shares.append(waited/took)
+
+    def _now(self): return time.perf_counter(), getattr(self.dls.train, 'waited', 0.)
+
+    @property
+    def share(self) -> float:
+        "Share of the training time of the fit so far, 0 to 1"
+        return self.waited/self.took if self.took else 0.
+
+    def last(self): return self.shares[-1] if self.shares else None
+
+    @property
+    def metric(self) -> Metric:
+        "A column with the share of each epoch, for the metrics of a learner"
+        return ValueMetric(self.last, 'data_wait')
 
 # %% ../nbs/12_callbacks.ipynb #556fafef
 class ReconstructionLog(Callback):

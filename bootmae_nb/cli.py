@@ -97,6 +97,8 @@ def bootmae_train(
     compile:bool=False, # Compile the blocks of the networks (torch.compile): pays on GPUs, needs a C++ compiler on CPUs
     activations:str=None, # What is kept for the backward pass: keep, lean, or checkpoint for models that do not fit; auto if not given
     workers:int=None, # Processes that load images; settings.ini's if not given
+    decoded:Path=None, # Folder for small decoded copies of the images, made on first use: then no file is decoded more than once
+    decoded_side:int=None, # Short side of these copies in pixels; 8/7 of the crops' longer side, 256 for 224, if not given
     nproc:int=None, # Processes that share the training on this machine, one per GPU where there are some; 1 if not given. A batch of bs images is for each
     overwrite:bool=False, # Write over an earlier run in the same folder
     resume:Path=None, # Go on with the run in this folder where it was stopped; nothing else need be given
@@ -114,7 +116,7 @@ def bootmae_train(
     raise SystemExit(launch(a.nproc, [sys.executable, *sys.argv], a.device))
 
 # %% ../nbs/30_cli.ipynb #37cded74
-_may_differ = ('out', 'overwrite', 'resume', 'allow_changes', 'workers', 'device', 'compile', 'activations', 'source', 'state_minutes', 'state_steps', 'state_keep')
+_may_differ = ('out', 'overwrite', 'resume', 'allow_changes', 'decoded', 'workers', 'device', 'compile', 'activations', 'source', 'state_minutes', 'state_steps', 'state_keep')
 
 def _of_run(args):
     "The arguments of a command; of the run that it goes on with, if there is one"
@@ -178,6 +180,7 @@ def _first_says(*args):
 # %% ../nbs/30_cli.ipynb #43bfb42b
 def _learner(a, s, r, device, precision, bs, out):
     "Loaders, model and callbacks of a run"
+    from bootmae_nb.callbacks import DataWait
     from bootmae_nb.data import mim_dls
     from bootmae_nb.recipes import recipe_learner
     from bootmae_nb.runs import RunState
@@ -185,11 +188,12 @@ def _learner(a, s, r, device, precision, bs, out):
     ema,size,seed = _ema(a.ema or ('paper' if a.recipe else 'run')), _size(a.img_size or '224'), s.seed if a.seed is None else a.seed
     dls = mim_dls(a.source, img_size=size, bs=bs, in_chans=a.in_chans or 3, crops_per_image=a.crops, min_scale=r.min_scale, flip=r.flip,
                   valid_pct=.1 if a.valid_pct is None else a.valid_pct, device=device, seed=seed, leave_out=_read_run(out)['left_out'] if a.resume else None,
+                  decoded=a.decoded, decoded_side=a.decoded_side,
                   num_workers=pick_workers(s.workers if a.workers is None else a.workers))
     given = {k: getattr(a, k) for k in ('mask_ratio', 'teacher', 'patch_size', 'mask', 'activations')} | dict(ema=ema, compile=a.compile or None)
     ablations = _assignments(a.set) | {k: v for k,v in given.items() if v is not None}
     learn = recipe_learner(dls, r, precision=precision, weights=None if a.resume else a.weights, log_pictures=out/'reconstructions', path=out, **ablations)
-    return learn.add_cb(RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., keep=a.state_keep or 2, overwrite=a.overwrite))
+    return learn.add_cbs([DataWait(), RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., keep=a.state_keep or 2, overwrite=a.overwrite)])
 
 # %% ../nbs/30_cli.ipynb #e3d13254
 def _begin(learn, a, picked):
@@ -287,7 +291,7 @@ def _fit(learn, call, first, resume, allow_changes):
     took,state = time.perf_counter() - start, learn.run_state
     history = pd.DataFrame([[None]*len(parts) + first, *learn.recorder.values], columns=names).rename_axis('epoch')
     n_images = (learn.train_iter - state.first_step)*learn.dls.train.bs*learn.n_processes
-    history.attrs = dict(seconds=round(took, 1), images_per_second=round(n_images/took, 1), interrupted=bool(ended))
+    history.attrs = dict(seconds=round(took, 1), images_per_second=round(n_images/took, 1), data_wait=round(learn.data_wait.share, 4), interrupted=bool(ended))
     if ended and not state.finished: _first_says(f'interrupted: writing what has been learnt so far; go on with: bootmae-train --resume {shlex.quote(str(state.folder))}')
     return history, ended
 
@@ -310,6 +314,7 @@ def _write_run(learn, history, out, how):
             print(f'{k:8} loss: training images {train.iloc[1]:.3f} in the first epoch, {train.iloc[-1]:.3f} in the last; '
                   f'validation images {valid.iloc[0]:.3f} before training, {valid.iloc[-1]:.3f} after')
     print(f"{history.attrs['seconds']:.0f} s, {history.attrs['images_per_second']:.0f} images/s; model: {path}, losses: {out/'losses.png'}")
+    print(f"waiting for images: {history.attrs['data_wait']:.1%} of the training time")
     if 'pixels' in parts: print(f"pictures after each epoch: {out/'reconstructions'}")
     _tell_losses(learn, out)
     if (out/'stages').is_dir(): print(f"encoder of each stage: {out/'stages'}")

@@ -17,6 +17,7 @@ import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class SeededDL(TfmdDL):
     ):
         self.seed, self.epoch, self.on_bad, self.shard, self.skip, self.seeds_items = seed, epoch, on_bad, shard, 0, True
         self.bad = torch.zeros(len(dataset) if on_bad == 'skip' else 0, dtype=torch.bool).share_memory_()
-        self.told, self.n_told, self.places = torch.zeros_like(self.bad), 0, None
+        self.told, self.n_told, self.places, self.waited = torch.zeros_like(self.bad), 0, None, 0.  # seconds that batches were waited for
         with seeded(seed, 'set-up'): super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
 
     def __iter__(self):
@@ -109,9 +110,11 @@ class SeededDL(TfmdDL):
         batches,first = self._watched(super().__iter__()), self.skip
         try:
             for i in itertools.count(first):
+                start = time.perf_counter()
                 with seeded(self.seed, self.epoch, 'batch', i, device=self.device):
                     try: b = next(batches)
                     except StopIteration: return
+                    finally: self.waited += time.perf_counter() - start
                 yield b
         finally: self.skip = 0
 
@@ -478,9 +481,9 @@ def _report(errors, n, on_bad, show=5):
     lines = ''.join(f'\n  {o}' for o in errors[:show])
     warnings.warn(f'{len(errors)} of {n} images cannot be read and are left out:{lines}{more}', stacklevel=4)
 
-def _readable(items, marks, opener, cache, on_bad, full):
-    "Items that can be opened, with their marks, and the others with their reasons"
-    bad = find_bad(items, opener, cache, full)
+def _readable(items, marks, look, on_bad):
+    "Items in which `look` finds nothing wrong, with their marks, and the others with their reasons"
+    bad = look(items)
     if not bad: return items, marks, {}
     _report(list(bad.values()), len(items), on_bad)
     return *_without(items, marks, bad), {_item_name(items[i], i): str(e) for i,e in bad.items()}
@@ -530,7 +533,7 @@ def _height_width(img_size):
         raise ValueError(f'img_size={img_size!r} is no image size: give a positive number of pixels, or (height, width)')
     return tuple(map(int, size))
 
-def _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad, scan):
+def _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad, scan, decoded, decoded_side):
     for ok, problem in (
         (bs >= 1, f'bs={bs} is no batch size: choose 1 or more'),
         (0 <= valid_pct < 1, f'valid_pct={valid_pct} is outside [0, 1): choose the share of images for validation, e.g. 0.1'),
@@ -538,7 +541,8 @@ def _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad
         (in_chans in (1, 3, 4), f'in_chans={in_chans} is not possible: choose 1 (grey), 3 (RGB) or 4 (RGB and opacity)'),
         (0 < min_scale <= 1, f'min_scale={min_scale} is outside (0, 1]: choose the smallest share of the area that a crop may have, e.g. 0.2'),
         (on_bad in ('skip', 'raise'), f"on_bad={on_bad!r} is unknown: choose 'skip' or 'raise'"),
-        (scan in (True, False, 'full'), f"scan={scan!r} is unknown: choose True (headers), 'full' (decode every file) or False")):
+        (scan in (True, False, 'full'), f"scan={scan!r} is unknown: choose True (headers), 'full' (decode every file) or False"),
+        (decoded_side is None or decoded is not None, f'decoded_side={decoded_side} is for decoded copies: give a folder for them, decoded=…')):
         if not ok: raise ValueError(problem)
 
 # %% ../nbs/03_data.ipynb #d641678c
@@ -556,6 +560,13 @@ def _loader(ds, bs, num_workers, shuffle, **kwargs):
 def _home(source, pref):
     if isinstance(source, (str, Path)) and Path(source).exists(): return Path(source) if Path(source).is_dir() else Path(source).parent
     return Path(pref or '.')
+
+# %% ../nbs/03_data.ipynb #9965b460
+def _from_copies(decoded, size, side, opener, device):
+    "Instead of an `OpenImage`: what opens images, what looks at the files, what resizes the crops of a batch, and further arguments of the loaders"
+    from bootmae_nb.cache import PackDecoded, ResampleCrops, open_decoded       # further down, as it builds on this module
+    opener = open_decoded(decoded, size, side, device.type != 'cpu', **opener.kwargs)
+    return opener, opener.cache.build, [ResampleCrops(size, opener.cache.side)], dict(before_batch=[PackDecoded()], pin_memory=device.type == 'cuda')
 
 # %% ../nbs/03_data.ipynb #c03c1764
 def mim_dls(
@@ -578,24 +589,30 @@ def mim_dls(
     cache: int = 2**29,  # keep images decoded if all of them take at most this many bytes; needs `scan`
     max_pixels: int = MAX_PIXELS,  # refuse larger images
     leave_out=None,  # files to leave out, these alone: others that cannot be read keep their places, which other images take. For going on with a run
-) -> DataLoaders:  # batches `(images,)`, images (B, in_chans, H, W) in 0..1, not normalised; `left_out`: file -> why it is not used
+    decoded=None,  # folder for small decoded copies of the images, made on first use, or a `DecodedImages`: each file is decoded once, and never again. See `cache`
+    decoded_side: int | None = None,  # short side of the copies; None: 8/7 of the crops' longer side
+) -> DataLoaders:  # batches `(images,)`, images (B, in_chans, H, W) in 0..1, not normalised; `left_out`: file -> why it is not used; `decoded`: the copies in use
     "`DataLoaders` for pretraining: random crops for training, centre crops for validation"
     size = _height_width(img_size)
-    _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad, scan)
+    _check_arguments(bs, valid_pct, crops_per_image, in_chans, min_scale, on_bad, scan, decoded, decoded_side)
     items, marks = _collect(source, fn_col, valid_col, pref, in_chans)
+    device = torch.device(device or default_device())
     opener = OpenImage(in_chans, decode_side(size, min_scale), max_pixels)
+    look,resample,more = partial(find_bad, opener=opener, cache=cache, full=scan == 'full'), [], {}
+    if decoded is not None: opener,look,resample,more = _from_copies(decoded, size, decoded_side, opener, device)
     if leave_out is not None: items, marks = _without_named(items, marks, leave_out, _home(source, pref))
-    good, good_marks, left_out = _readable(items, marks, opener, cache, on_bad, scan == 'full') if scan else (items, marks, {})
+    good, good_marks, left_out = _readable(items, marks, look, on_bad) if scan or decoded is not None else (items, marks, {})
     if leave_out is None: items, marks = good, good_marks
     train, valid = _check_split(*_split(items, marks, valid_pct, seed), valid_col if marks else None, valid_pct, bs)
     train = train * (crops_per_image or max(1, round(512 / len(train))))
     ds = Datasets(items, [[opener]], splits=[train, valid], do_setup=False, types=[object])
     tfms = [CropImage(size, min_scale), *([FlipCrop(p=0.5)] if flip else []), ToTensor()]
-    kwargs = dict(bs=bs, num_workers=num_workers, seed=seed, on_bad=on_bad, after_item=tfms, after_batch=[IntToFloatTensor()])
+    kwargs = dict(bs=bs, num_workers=num_workers, seed=seed, on_bad=on_bad, after_item=tfms, after_batch=[*resample, IntToFloatTensor()], **more)
     loaders = [_loader(ds.subset(i), shuffle=i == 0, **kwargs) for i in (0, 1)]
-    dls = DataLoaders(*loaders, path=_home(source, pref), device=device or default_device())
+    dls = DataLoaders(*loaders, path=_home(source, pref), device=device)
     if leave_out is not None:
         for dl in loaders: dl.mark_bad(left_out)
+    dls.decoded = opener.cache if decoded is not None else None
     dls.left_out = left_out if leave_out is None else left_out | dict.fromkeys(map(str, leave_out), 'as asked for')
     return dls
 
