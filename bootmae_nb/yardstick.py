@@ -6,7 +6,7 @@
 __all__ = ['plain_attention', 'plain_encoder', 'plain_decoder', 'plain_predictions', 'plain_targets', 'plain_loss',
            'plain_optimiser', 'plain_ema', 'plain_step']
 
-# %% ../nbs/18_yardstick.ipynb #acee6630
+# %% ../nbs/18_yardstick.ipynb #ce603fbe
 from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from .masking import weight_map
 from .models import MaskedAutoencoder
 from .patches import mask_order, patchify
 
-# %% ../nbs/18_yardstick.ipynb #2f62685a
+# %% ../nbs/18_yardstick.ipynb #b1a3383b
 def plain_attention(
     q:Tensor, # Queries `(B, heads, N, d)`
     k:Tensor, # Keys `(B, heads, S, d)`
@@ -26,7 +26,7 @@ def plain_attention(
     weights = (q @ k.transpose(-2, -1)*q.shape[-1]**-.5).softmax(-1)
     return weights.to(v.dtype) @ v
 
-# %% ../nbs/18_yardstick.ipynb #763a16a8
+# %% ../nbs/18_yardstick.ipynb #8497da99
 def _attend(attn, x, memory=None):
     "What an attention module computes from tokens, or from tokens and a memory"
     heads = attn.num_heads if hasattr(attn, 'num_heads') else attn.heads
@@ -44,7 +44,7 @@ def _decoder_block(block, x, memory):
     if memory is not None: x = x + block.drop_path(_attend(block.cross, block.norm3(x), block.norm4(memory)))
     return x + block.drop_path(block.mlp(block.norm2(x)))
 
-# %% ../nbs/18_yardstick.ipynb #4291f714
+# %% ../nbs/18_yardstick.ipynb #a6adbaf7
 def _rows(idx, like): return idx[..., None].expand(-1, -1, like.shape[-1])
 
 def plain_encoder(
@@ -65,7 +65,7 @@ def plain_encoder(
     for block in v.blocks: outs.append(_encoder_block(block, outs[-1]))
     return outs[1:] or outs
 
-# %% ../nbs/18_yardstick.ipynb #adeb438b
+# %% ../nbs/18_yardstick.ipynb #aa5758ee
 def plain_decoder(
     decoder:nn.Module, # A `Decoder`
     x:Tensor, # Encoded visible tokens after the final norm `(B, n_prefix + N, D)`
@@ -87,7 +87,7 @@ def plain_decoder(
     x = decoder.head(decoder.norm(x))
     return torch.cat([x[:, :1], x[:, n_prefix:]], 1) if decoder.with_cls else x[:, n_prefix:]
 
-# %% ../nbs/18_yardstick.ipynb #d8862eaf
+# %% ../nbs/18_yardstick.ipynb #2008e153
 def plain_predictions(
     model:MaskedAutoencoder, # The model whose weights are used
     images:Tensor, # `(B, C, H, W)`, in the model's input statistics
@@ -100,7 +100,7 @@ def plain_predictions(
     x,memory = enc.vit.norm(outs[-1]), lambda d: None if d.inject is None else outs[enc.block_index(d.inject)]
     return {k: plain_decoder(d, x, visible, hidden, enc.n_prefix, memory(d)) for k,d in model.decoders.items()}
 
-# %% ../nbs/18_yardstick.ipynb #2c4d3642
+# %% ../nbs/18_yardstick.ipynb #f3406b5d
 def _pixels(images, patch_size, norm):
     "The pixels of all patches, normalised as a method does"
     x = patchify(images, patch_size)
@@ -113,11 +113,12 @@ def _features(x, norm):
     if norm == 'layer': return F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return (x - x.mean(-1, keepdim=True))/(x.var(-1, keepdim=True) + 1e-6).sqrt() if norm else x
 
-# %% ../nbs/18_yardstick.ipynb #bfaeaf3f
+# %% ../nbs/18_yardstick.ipynb #17526486
 @torch.no_grad()
 def plain_targets(
     model:MaskedAutoencoder, # Says what is predicted, and holds the teacher
     images:Tensor, # `(B, C, H, W)`, in the model's input statistics
+    part=lambda name: nullcontext(), # What times the parts of a step
 ) -> dict: # 'pixels' `(B, L, P)`, 'features' `(B, [1 +] L, D)`
     "The target of every patch, hidden or not"
     row,res = model.method, {}
@@ -125,11 +126,11 @@ def plain_targets(
     if 'features' in model.decoders:
         if len(row.feature_blocks) > 1: raise ValueError(f"feature_blocks={row.feature_blocks}: the plain path knows the papers' single block only")
         t = model.teacher
-        x = plain_encoder(t, images)[t.block_index(row.feature_blocks[0])].float()
+        with part('teacher'): x = plain_encoder(t, images)[t.block_index(row.feature_blocks[0])].float()
         res['features'] = _features(torch.cat([x[:, :1], x[:, t.n_prefix:]], 1) if row.with_cls else x[:, t.n_prefix:], row.norm_features)
     return res
 
-# %% ../nbs/18_yardstick.ipynb #cf553854
+# %% ../nbs/18_yardstick.ipynb #d36fd83a
 def plain_loss(
     model:MaskedAutoencoder, # The model
     images:Tensor, # `(B, C, H, W)`, in the model's input statistics
@@ -139,7 +140,7 @@ def plain_loss(
 ) -> Tensor: # The loss of a batch
     "Loss of all parts, each with weight 1"
     row = model.method
-    with part('targets'): targets = plain_targets(model, images)
+    with part('targets'): targets = plain_targets(model, images, part)
     with part('forward'):
         total,weight = 0., mask.float()*(weight_map(mask, model.grid) if row.weighted else 1.)
         for k,pred in plain_predictions(model, images, mask, n_hidden).items():
@@ -150,7 +151,7 @@ def plain_loss(
             total = total + (err*w).sum()/m.sum()
         return total
 
-# %% ../nbs/18_yardstick.ipynb #89f19284
+# %% ../nbs/18_yardstick.ipynb #634fe2fa
 def plain_optimiser(
     model:MaskedAutoencoder, # The model
     lr:float=1e-4, # Learning rate
@@ -168,7 +169,7 @@ def plain_ema(
     "The momentum teacher, one parameter after the other"
     for t,s in zip(teacher.parameters(), student.parameters(), strict=True): t.mul_(decay).add_(s.detach(), alpha=1 - decay)
 
-# %% ../nbs/18_yardstick.ipynb #2606ce53
+# %% ../nbs/18_yardstick.ipynb #fb97337a
 def plain_step(
     model:MaskedAutoencoder, # The model; its weights move
     opt:torch.optim.Optimizer, # As `plain_optimiser` makes it
