@@ -95,6 +95,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'bootmae_nb.bench._first_look': ('bench.html#_first_look', 'bootmae_nb/bench.py'),
                                   'bootmae_nb.bench._list': ('bench.html#_list', 'bootmae_nb/bench.py'),
                                   'bootmae_nb.bench._measure': ('bench.html#_measure', 'bootmae_nb/bench.py'),
+                                  'bootmae_nb.bench._mib': ('bench.html#_mib', 'bootmae_nb/bench.py'),
                                   'bootmae_nb.bench._no_memory': ('bench.html#_no_memory', 'bootmae_nb/bench.py'),
                                   'bootmae_nb.bench._peak': ('bench.html#_peak', 'bootmae_nb/bench.py'),
                                   'bootmae_nb.bench._peer': ('bench.html#_peer', 'bootmae_nb/bench.py'),
