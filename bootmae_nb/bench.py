@@ -9,7 +9,7 @@ __all__ = ['variants', 'machine_facts', 'Clock', 'peak_memory', 'state_memory', 
            'Contest', 'paired_ratio', 'summarise', 'make_entries', 'run_bench', 'growth_loads', 'growth', 'group_table',
            'bench_table', 'main']
 
-# %% ../nbs/20_bench.ipynb #3c3f454e
+# %% ../nbs/20_bench.ipynb #fd65607c
 import gc, importlib, importlib.util, json, math, os, platform, resource, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +37,7 @@ from .targets import ema_update, update_feature_mean
 from .vit import make_encoder, zero_key_bias_grads
 from .yardstick import plain_ema, plain_loss, plain_optimiser
 
-# %% ../nbs/20_bench.ipynb #cb6ab475
+# %% ../nbs/20_bench.ipynb #5b6f6dda
 def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None
@@ -52,7 +52,7 @@ def machine_facts(
     if device.type == 'cuda': facts |= dict(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda, tf32=torch.backends.cuda.matmul.allow_tf32)
     return facts | dict(versions={k: v for k in ('bootmae_nb', 'torch', 'timm', 'fastai', 'transformers', 'lightly') if (v := _version(k))})
 
-# %% ../nbs/20_bench.ipynb #511162da
+# %% ../nbs/20_bench.ipynb #16915eb5
 class Clock:
     "Time of the parts of something, each without the parts inside it"
     def __init__(self,
@@ -92,7 +92,7 @@ def _sync(device):
 
 def _untimed(name): return nullcontext()
 
-# %% ../nbs/20_bench.ipynb #953b38f0
+# %% ../nbs/20_bench.ipynb #90c00d90
 _mark = 'bench::gradients are there'
 
 def _allocations(prof, device):
@@ -121,7 +121,7 @@ def _peak(events, kept=()):
         else: now -= sizes.pop(ptr, 0)
     return top
 
-# %% ../nbs/20_bench.ipynb #71b310ab
+# %% ../nbs/20_bench.ipynb #23d323cd
 def peak_memory(
     f, # Called with a function that is to be called once, when gradients are there
     gradients, # Gives the tensors to leave out, at that moment
@@ -135,7 +135,7 @@ def peak_memory(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof: f(mark); _sync(device)
     return _peak(_allocations(prof, device), kept)
 
-# %% ../nbs/20_bench.ipynb #cedef8d9
+# %% ../nbs/20_bench.ipynb #6be03766
 def state_memory(
     model:nn.Module, # A model
     opt:torch.optim.Optimizer, # Its optimiser, after a step
@@ -160,7 +160,7 @@ def _available(device):
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     with suppress(OSError, StopIteration): return next(int(o.split()[1])*1024 for o in Path('/proc/meminfo').read_text().splitlines() if o.startswith('MemAvailable'))
 
-# %% ../nbs/20_bench.ipynb #8af9c85b
+# %% ../nbs/20_bench.ipynb #d85213be
 _dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 class MatmulRate:
@@ -194,7 +194,7 @@ class MatmulRate:
         "Median rate of each shape"
         return {' x '.join(map(str, o)): 2*math.prod(o)/median(s) for o,s in self.seconds.items() if s}
 
-# %% ../nbs/20_bench.ipynb #43e8bf85
+# %% ../nbs/20_bench.ipynb #cd5f25c3
 @dataclass(frozen=True)
 class Workload:
     "What is trained, whoever trains it"
@@ -229,7 +229,7 @@ class Workload:
         ratio = '' if self.mask_ratio is None else f', {self.mask_ratio:.0%} hidden'
         return f"{self.method}, {self.arch}{f' of width {self.width}' if self.width else ''}, {self.img_size} px, batch {self.batch}{ratio}"
 
-# %% ../nbs/20_bench.ipynb #487aeb7f
+# %% ../nbs/20_bench.ipynb #b97ef5c7
 _quick = dict(bootmae=dict(pixel_width=64, pixel_heads=2), mae=dict(pixel_width=64, pixel_depth=2, pixel_heads=2),
               dbot=dict(feature_width=64, feature_depth=2, feature_heads=2))
 
@@ -241,7 +241,7 @@ def quick_load(
     if method not in methods: raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(methods)}")
     return Workload(method, **dict(arch='vit_tiny_patch16_224', batch=4, img_size=32, patch_size=8, width=64, depth=2, heads=2, columns=_quick[method]) | kw)
 
-# %% ../nbs/20_bench.ipynb #ca5632be
+# %% ../nbs/20_bench.ipynb #c17702b5
 class Side:
     "A model with its optimiser, and how it takes a step"
     needs,methods,role = None, tuple(methods), 'step'           # a package that must be installed, the methods that this side knows, what it is compared as
@@ -282,7 +282,7 @@ class Side:
         self.n_steps += 1
         return loss.detach()
 
-# %% ../nbs/20_bench.ipynb #fd180707
+# %% ../nbs/20_bench.ipynb #4d029c37
 class Ours(Side):
     "The step of `mim_learner`, without the loop around it"
     def make(self):
@@ -332,7 +332,7 @@ def _timed(model, name, part, label):
     try: yield
     finally: delattr(model, name)
 
-# %% ../nbs/20_bench.ipynb #ba07a3f3
+# %% ../nbs/20_bench.ipynb #3793665c
 class Plain(Ours):
     "The plain path on the same model: see `yardstick`"
     role = 'yardstick'
@@ -344,7 +344,7 @@ class Plain(Ours):
     def after_step(self):
         if self.model.method.teacher == 'momentum': plain_ema(self.model.teacher, self.model.encoder, .999)
 
-# %% ../nbs/20_bench.ipynb #34ee6a9c
+# %% ../nbs/20_bench.ipynb #0eb5251b
 def _peer(name):
     "A module of a package that need not be there"
     os.environ.setdefault('HF_HUB_OFFLINE', '1'); os.environ['LIGHTLY_DID_VERSION_CHECK'] = 'True'
@@ -372,7 +372,7 @@ class Transformers(Side):
     def loss(self, x, part=_untimed):
         with self.autocast(), part('forward'): return self.model(pixel_values=x).loss
 
-# %% ../nbs/20_bench.ipynb #7e8d52bd
+# %% ../nbs/20_bench.ipynb #5cb6d6e4
 class LightlyMAE(nn.Module):
     "MAE from the parts of lightly"
     def __init__(self, load):
@@ -403,7 +403,7 @@ class Lightly(Side):
     def loss(self, x, part=_untimed):
         with self.autocast(), part('forward'): return self.model(x)
 
-# %% ../nbs/20_bench.ipynb #3316c559
+# %% ../nbs/20_bench.ipynb #895f5ebd
 @dataclass(frozen=True)
 class Variant:
     "A side of a contest"
@@ -418,7 +418,7 @@ variants = dict(
     transformers=Variant(Transformers, 'ViTMAEForPreTraining of transformers'),
     lightly=Variant(Lightly, "MAE from lightly's modules"))
 
-# %% ../nbs/20_bench.ipynb #7e780e17
+# %% ../nbs/20_bench.ipynb #d9f80963
 def step_seconds(
     side:Side, # Prepared, and warmed up
     batches:list, # Batches on the host
@@ -461,7 +461,7 @@ def step_flops(
     side.model.zero_grad()
     return counter.get_total_flops()/len(images)
 
-# %% ../nbs/20_bench.ipynb #6c85e151
+# %% ../nbs/20_bench.ipynb #a2a371a0
 class _Gaps(Callback):
     "Moments at which batches begin and end"
     order = 1000
@@ -513,7 +513,7 @@ class FitCached(Fit):
 variants |= dict(fit=Variant(Fit, 'mim_learner.fit on JPEG files, each decoded anew'),
                  fit_cached=Variant(FitCached, 'mim_learner.fit on images that are kept decoded'))
 
-# %% ../nbs/20_bench.ipynb #bb7625aa
+# %% ../nbs/20_bench.ipynb #a25cee1b
 @dataclass
 class Entry:
     "A variant at a precision, with what was measured of it"
@@ -539,7 +539,7 @@ class Entry:
         self.side = None; gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/20_bench.ipynb #4b7ccaea
+# %% ../nbs/20_bench.ipynb #46fca26c
 def _no_memory(e):
     "Whether an error is about memory"
     return isinstance(e, torch.OutOfMemoryError|MemoryError) or "can't allocate memory" in str(e) or 'out of memory' in str(e).lower()
@@ -580,7 +580,7 @@ def _measure(entry, batches, split):
         r['seconds'].append(step_seconds(side, batches, r['steps']))
         if split: r['splits'].append(step_split(side, batches[0]))
 
-# %% ../nbs/20_bench.ipynb #ab3fe70f
+# %% ../nbs/20_bench.ipynb #9e04012a
 class Contest:
     "Entries that train the same, in turns"
     def __init__(self,
@@ -663,7 +663,7 @@ class Contest:
     def close(self):
         for e in self.entries: e.drop()
 
-# %% ../nbs/20_bench.ipynb #df02695e
+# %% ../nbs/20_bench.ipynb #e554d8ec
 def paired_ratio(
     a:list, # Seconds of one side, round by round
     b:list, # Seconds of the other
@@ -696,7 +696,7 @@ def _compared(a, b, later):
     if a['role'] == 'loop': return b['role'] == 'step' and all(a[k] == b[k] for k in ('precision', 'compiled'))
     return a['role'] == 'step' and (b['role'] in ('yardstick', 'peer') or b['role'] == 'step' and later)
 
-# %% ../nbs/20_bench.ipynb #be340708
+# %% ../nbs/20_bench.ipynb #52f53024
 def make_entries(
     sides:list, # Names in `variants`
     precisions:list, # 'fp32', 'bf16', 'fp16'
@@ -767,7 +767,7 @@ def _save(res, out):
     if out is not None: write_whole(out, lambda p: p.write_text(json.dumps(res, indent=1) + '\n'))
     return res
 
-# %% ../nbs/20_bench.ipynb #fed6d3f1
+# %% ../nbs/20_bench.ipynb #5ff0abe6
 _grows = dict(batch='images', img_size='pixels', mask_ratio='visible share', width='width')
 
 def growth_loads(
@@ -804,7 +804,7 @@ def growth(
             if 'memory' in rows[0][1]: res[-1]['memory'] = slope(lambda e: e['memory']['peak'])
     return res
 
-# %% ../nbs/20_bench.ipynb #d732219a
+# %% ../nbs/20_bench.ipynb #3220fc6a
 def _cells(rows):
     "Rows of texts as lines with aligned columns, numbers to the right"
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
@@ -814,8 +814,8 @@ def _mib(n): return f'{n/2**20:.0f}' if n > 100*2**20 else f'{n/2**20:.1f}'
 
 def _row(name, r):
     if not r['seconds']: return [name, *['']*7], f"{name}: {r['status'] if r['status'] != 'ok' else 'not measured'}"
-    lo,hi = r['spread']; mem = r.get('memory')
-    return [name, f"{r['images_per_second']:.2f}", f'{lo:.2f}-{hi:.2f}', f"{median(r['seconds'])*1e3:.0f}", f"{r['flops_per_image']/1e9:.{2 if r['flops_per_image'] > 1e9 else 4}f}",
+    (lo,hi),mem,flops = r['spread'], r.get('memory'), r['flops_per_image']/1e9
+    return [name, f"{r['images_per_second']:.2f}", f'{lo:.2f}-{hi:.2f}', f"{median(r['seconds'])*1e3:.0f}", f'{flops:.{2 if flops > 1 else 4}f}',
             f"{r['matmul_share']:.0%}" if 'matmul_share' in r else '', _mib(mem['peak']) if mem else '',
             _mib(sum(mem[k] for k in ('parameters', 'fixed', 'gradients', 'optimiser'))) if mem else ''], None
 
@@ -845,7 +845,7 @@ def bench_table(
              + f", operations per image to the {o['flops_per_image']:.2f} ({o['points']} points)" for o in res.get('growth', ())]
     return '\n\n'.join([head, *(group_table(g) for g in res['groups']), *(['\n'.join(grown)] if grown else [])])
 
-# %% ../nbs/20_bench.ipynb #543e826e
+# %% ../nbs/20_bench.ipynb #4310bfab
 def main(
     sides:str|None=None, # Names in `variants`, with commas; `None` = plain, ours and peers, for growth ours alone
     method:str='bootmae,mae', # Methods, with commas
