@@ -19,9 +19,11 @@ notebooks = sorted((root/'nbs').rglob('[!.]*.ipynb'))
 never_imported = {
     'ipywidgets': 'JupyterLab draws sliders and progress bars with it',
     'jupyterlab': '`make lab`',
+    'lightly': 'a peer of the benchmark, which imports it by name if it is there',
     'ruff': '`make test`',
     'scikit-image': 'its photographs, opened as files',
-    'scikit-learn': 'its photographs, opened as files'}
+    'scikit-learn': 'its photographs, opened as files',
+    'transformers': 'a peer of the benchmark, as lightly'}
 
 
 def run(*args, cwd=root):
