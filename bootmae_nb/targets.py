@@ -95,14 +95,16 @@ def update_feature_mean(
 def ema_update(
     teacher:nn.Module, # The module to move
     student:nn.Module, # Where it moves to: a module of the same structure
-    decay:float, # Share of the teacher that stays, from 0 to 1
+    decay:float|Tensor, # Share of the teacher that stays, from 0 to 1; or such a number on the device, float64, which is not read
 ):
     "Move the teacher's floating-point parameters and buffers towards the student's; other buffers are copied"
     pairs = list(zip([*teacher.parameters(), *teacher.buffers()], [*student.parameters(), *student.buffers()], strict=True))
     moving = [(t, s) for t,s in pairs if t.is_floating_point()]
     if moving:
         t,s = map(list, zip(*moving))
-        torch._foreach_lerp_(t, [o.to(a.dtype) for a,o in zip(t, s)], 1 - decay)
+        weight = 1 - decay
+        if isinstance(weight, Tensor): by_type = {d: weight.to(d) for d in {o.dtype for o in t}}; weight = [by_type[o.dtype] for o in t]
+        torch._foreach_lerp_(t, [o.to(a.dtype) for a,o in zip(t, s)], weight)
     for t,s in pairs:
         if not t.is_floating_point(): t.copy_(s)
 
