@@ -88,7 +88,7 @@ def update_feature_mean(
     n,total = mask.sum(0), (targ.gather(1, rank)*mask[..., None]).sum(0)
     if add_up: total,n = add_up(torch.cat([total, n[:, None]], 1)).split([targ.shape[-1], 1], 1); n = n[:, 0]
     count += n > 0
-    mean.lerp_(total/n.clamp(min=1)[:, None], torch.where(n > 0, (1/count.clamp(min=1)).clamp(min=least), 0.)[:, None])
+    mean.lerp_(total/n.clamp(min=1)[:, None], ((1/count.clamp(min=1)).clamp(min=least)*(n > 0))[:, None])
 
 # %% ../nbs/07_targets.ipynb #102d95ad
 @torch.no_grad()
