@@ -184,7 +184,7 @@ def _advice(cb, step):
     tries = [f"a learning rate below {step.lr:.2g}", f'clip={cb.clip/2 if cb.clip else 1.:g}', *(['bf16 or fp32 in place of fp16'] if fp16 else [])]
     return f"Try {', '.join(tries)}."
 
-# %% ../nbs/12a_guards.ipynb #b9565cac
+# %% ../nbs/12a_guards.ipynb #ce0da4eb
 def _can_wait(learn):
     "Whether decisions can stay on the device: the optimiser must know how to leave out a step, and nothing else may need to know at once"
     if readings_of(learn) is None or not isinstance(learn.opt, OptimWrapper): return False
