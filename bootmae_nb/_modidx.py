@@ -247,6 +247,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bootmae_nb.data.SeededDL.__iter__': ('data.html#seededdl.__iter__', 'bootmae_nb/data.py'),
                                  'bootmae_nb.data.SeededDL.__len__': ('data.html#seededdl.__len__', 'bootmae_nb/data.py'),
                                  'bootmae_nb.data.SeededDL._item': ('data.html#seededdl._item', 'bootmae_nb/data.py'),
+                                 'bootmae_nb.data.SeededDL._loaded': ('data.html#seededdl._loaded', 'bootmae_nb/data.py'),
                                  'bootmae_nb.data.SeededDL._mark_bad': ('data.html#seededdl._mark_bad', 'bootmae_nb/data.py'),
                                  'bootmae_nb.data.SeededDL._name_of': ('data.html#seededdl._name_of', 'bootmae_nb/data.py'),
                                  'bootmae_nb.data.SeededDL._next_good': ('data.html#seededdl._next_good', 'bootmae_nb/data.py'),

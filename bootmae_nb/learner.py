@@ -183,7 +183,8 @@ def prepare_dls(
         if not isinstance(dl, TfmdDL): raise TypeError(f"loader {i} is a {type(dl).__name__}: mim_learner needs fastai loaders, as mim_dls or a DataBlock makes them")
         s = seed if seed is not None else getattr(dl, 'seed', 42)
         kept = [f for f in dl.after_batch.fs if not isinstance(f, Normalize|MaskBatch) and getattr(f, '__name__', '') != 'noop' and f.name != 'noop']
-        new = dl.new(cls=SeededDL, seed=s, after_batch=[*kept, norm(), MaskBatch(masker, model.grid, s, 'valid' if i else 'train')])
+        new = dl.new(cls=SeededDL, seed=s, pin_memory=dl.pin_memory or str(dl.device).startswith('cuda'),
+                     after_batch=[*kept, norm(), MaskBatch(masker, model.grid, s, 'valid' if i else 'train')])
         new._types = None; new._one_pass(); new.to(dl.device)
         res.append(new)
     dls.loaders[:] = res

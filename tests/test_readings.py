@@ -130,11 +130,11 @@ def reads(learn):
     return res
 
 
-@pytest.mark.parametrize('kw', [dict(clip=1.), dict(method='mae'), dict(method='dbot', precision='bf16'), dict(guard=False)])
+@pytest.mark.parametrize('kw', [dict(clip=1.), dict(method='mae', precision='bf16'), dict(method='dbot'), dict(guard=False)])
 def test_no_step_reads_but_every_so_many(kw):
     late,now = (reads(prepared(n, dict(images=[3], gradient=[5]) if kw.get('guard', True) else {}, bs=2, **kw)) for n in (4, 1))
     assert [bool(o) for o in late] == [i == 0 or i % 4 == 3 for i in range(12)]
-    assert min(now) > 0 and sum(now) > 12*(3 if kw.get('guard', True) else 1)
+    assert min(now) > 0 and sum(now) >= 12*(3 if kw.get('guard', True) else 1)
 
 
 def test_validation_reads_at_its_end():
