@@ -35,7 +35,6 @@ from .distributed import any_process, from_rank0
 from .guards import FiniteGuard
 from .learner import MimLearner
 from .models import plain, teach_self
-from .readings import readings_of
 from .recipes import Recipe
 
 # %% ../nbs/14a_runs.ipynb #ded72bec
@@ -539,7 +538,6 @@ class RunState(Callback):
         must:bool=False, # Raise if it cannot be written
     ) -> Path|None: # The file; `None` if it could not be written
         "Save the state as it is now; a failure is told and does not end the run"
-        if (r := readings_of(self.learn)) is not None: r.read()
         own = dict(generators=self.between or _generators(), metrics=self.figures or _metrics_state(self.learn),
                    bad=[[self._from_home(o) for o in dl.bad_files()] for dl in self.dls.loaders])
         ranks = _gather(own)
