@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .callbacks import is_fit
 from .checkpoints import non_finite
 from .models import plain
-from .readings import readings_of
+from .readings import LateRecorder, readings_of
 from .targets import feature_prediction, variance_over_images
 
 # %% ../nbs/12a_guards.ipynb #a626dfce
@@ -184,13 +184,13 @@ def _advice(cb, step):
     tries = [f"a learning rate below {step.lr:.2g}", f'clip={cb.clip/2 if cb.clip else 1.:g}', *(['bf16 or fp32 in place of fp16'] if fp16 else [])]
     return f"Try {', '.join(tries)}."
 
-# %% ../nbs/12a_guards.ipynb #ce0da4eb
+# %% ../nbs/12a_guards.ipynb #d55ce204
 def _can_wait(learn):
     "Whether decisions can stay on the device: the optimiser must know how to leave out a step, and nothing else may need to know at once"
     if readings_of(learn) is None or not isinstance(learn.opt, OptimWrapper): return False
     opt,rec = learn.opt.opt, getattr(learn, 'recorder', None)
     asks = any(o.amp_mode == AMPMode.FP16 for o in learn._grab_cbs(MixedPrecision)) or learn._grab_cbs((GradientAccumulation, NonNativeMixedPrecision))
-    looks = rec is not None and rec.train_metrics and not all(hasattr(m, 'take') for m in learn.metrics)
+    looks = rec is not None and (not isinstance(rec, LateRecorder) or rec.train_metrics and not all(hasattr(m, 'take') for m in learn.metrics))
     return isinstance(opt, torch.optim.Adam) and all(g['fused'] for g in opt.param_groups) and not (asks or looks)
 
 @patch

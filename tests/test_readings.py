@@ -9,6 +9,7 @@ from fastai.callback.core import Callback, CancelFitException, CancelTrainExcept
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import Recorder
 from fastai.metrics import AvgMetric
 from fastai.optimizer import OptimWrapper, SGD
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,13 +182,14 @@ def test_who_asks_in_a_step_gets_what_is_true_then():
 
 @pytest.mark.parametrize('kw', [dict(cbs=[GradientAccumulation(8)]), dict(opt=partial(OptimWrapper, opt=torch.optim.AdamW)), dict(opt=SGD),
                                 dict(opt=partial(OptimWrapper, opt=partial(torch.optim.SGD, fused=True, momentum=.9))),
-                                dict(metric=[AvgMetric(lambda *_: torch.tensor(1.))])],
-                         ids=['accumulation', 'not fused', "fastai's", "another's", 'metric'])
+                                dict(metric=[AvgMetric(lambda *_: torch.tensor(1.))]), dict(recorder=Recorder())],
+                         ids=['accumulation', 'not fused', "fastai's", "another's", 'metric', 'recorder'])
 def test_where_a_decision_cannot_wait_it_does_not(kw):
     def run(n):
         learn = prepared(n, dict(images=[3], gradient=[4]), cbs=kw.get('cbs', ()), metrics='metric' in kw)
         learn.metrics = [*learn.metrics, *kw.get('metric', [])]
         if 'opt' in kw: learn.opt_func = kw['opt']
+        if 'recorder' in kw: learn.remove_cb(Recorder); learn.add_cb(kw['recorder'])
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); quietly(learn, 'fit', 2, 1e-3)
         return learn
     now,late = run(1), run(4)
