@@ -22,6 +22,7 @@ from .losses import *
 from .checkpoints import *
 from .hub import *
 from .viz import *
+from .readings import *
 from .callbacks import *
 from .guards import *
 from .learner import *

@@ -25,6 +25,7 @@ from .data import SeededDL, mix_seed
 from .losses import mim_losses, mim_targets
 from .masking import PatchMask
 from .models import encoder_only, evaluating, next_stage, plain
+from .readings import unless
 from .targets import ema_decay, ema_decay_for, ema_update, feature_weight, update_feature_mean, variance_over_images
 from .vit import zero_key_bias_grads
 from .viz import reconstruction_sheet
@@ -99,7 +100,9 @@ class MimBatch(Callback):
         model,targets,(_,mask,n) = get_model(self.model), self.learn.loss_func.targets, self.xb
         zero_key_bias_grads(model)
         if 'features' in targets:
-            update_feature_mean(model.feature_mean, model.feature_count, targets['features'][0][:, -n:], mask, add_up=None if model is self.model else _add_up)
+            mean,count = model.feature_mean, model.feature_count
+            with unless(getattr(self.learn, 'left_out', None), mean, count):
+                update_feature_mean(mean, count, targets['features'][0][:, -n:], mask, add_up=None if model is self.model else _add_up)
 
     def after_fit(self): self.learn.loss_func.clear()
     after_error = after_fit
@@ -135,8 +138,10 @@ class MomentumTeacher(Callback):
 
     def after_cancel_step(self): self.skipped = True
     def after_step(self):
-        model = get_model(self.model)
-        if not self.skipped: ema_update(model.teacher, model.encoder, self.decay)
+        model,no_step = get_model(self.model), getattr(self.learn, 'no_step', None)
+        if self.skipped: return
+        decay = self.decay if no_step is None else torch.full_like(no_step, self.decay, dtype=torch.float64).masked_fill_(no_step, 1.)
+        ema_update(model.teacher, model.encoder, decay)
 
 # %% ../nbs/12_callbacks.ipynb #bc247847
 def is_fit(learn) -> bool:
@@ -240,8 +245,10 @@ class LossPart(Metric):
     "Mean of one part of the loss, 'pixels' or 'features'"
     def __init__(self, part): self.part = part
     def reset(self): self.total,self.count = 0., 0
+    def take(self, learn): return learn.to_detach(learn.loss_func.parts[self.part], cpu=False), len(learn.y)
+    def add(self, value, n): self.total,self.count = self.total + value*n, self.count + n
     def accumulate(self, learn):
-        self.total,self.count = self.total + learn.to_detach(learn.loss_func.parts[self.part], cpu=False)*len(learn.y), self.count + len(learn.y)
+        if (taken := self.take(learn)) is not None: self.add(*taken)
     @property
     def value(self): return float(self.total/self.count) if self.count else None
     @property
@@ -251,11 +258,9 @@ class LossPart(Metric):
 class TargetVariance(LossPart):
     "Variance over images of the feature target: near 0 it has collapsed"
     def __init__(self): super().__init__('target_var')
-    def accumulate(self, learn):
+    def take(self, learn):
         mask,targ = plain(learn.y), learn.loss_func.targets['features'][0]
-        if len(mask) < 2: return
-        var = learn.to_detach(variance_over_images(targ[:, -learn.xb[2]:], mask), cpu=False)
-        self.total,self.count = self.total + var*len(mask), self.count + len(mask)
+        if len(mask) > 1: return learn.to_detach(variance_over_images(targ[:, -learn.xb[2]:], mask), cpu=False), len(mask)
 
 # %% ../nbs/12_callbacks.ipynb #905e7987
 class CPUBFloat16(Callback):

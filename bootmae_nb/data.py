@@ -26,8 +26,9 @@ import pandas as pd
 import PIL
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.load import _loaders
 from fastai.data.transforms import IntToFloatTensor, ToTensor
-from fastai.torch_basics import TensorImageBW, Transform, default_device, fastuple
+from fastai.torch_basics import TensorImageBW, Transform, default_device, fastuple, to_device
 from fastai.vision.augment import RandomResizedCrop, RandTransform
 from fastai.vision.core import PILImage, PILImageBW
 from fastcore.meta import delegates
@@ -107,7 +108,7 @@ class SeededDL(TfmdDL):
 
     def __iter__(self):
         "The batches of the next epoch, without the first `skip` of them, which are not even loaded"
-        batches,first = self._watched(super().__iter__()), self.skip
+        batches,first = self._watched(self._loaded()), self.skip
         try:
             for i in itertools.count(first):
                 start = time.perf_counter()
@@ -117,6 +118,17 @@ class SeededDL(TfmdDL):
                     finally: self.waited += time.perf_counter() - start
                 yield b
         finally: self.skip = 0
+
+    def _loaded(self):
+        "As fastai's iteration, except that batches in pinned memory go to a GPU without waiting for what it is doing"
+        self.randomize(); self.before_iter()
+        self._DataLoader__idxs = self.get_idxs()                            # where fastai's `sample` looks for them
+        for b in _loaders[self.fake_l.num_workers == 0](self.fake_l):
+            if self.pin_memory and type(b) is list: b = tuple(b)
+            if self.device is not None: b = to_device(b, self.device, non_blocking=self.pin_memory and torch.device(self.device).type == 'cuda')
+            yield self.after_batch(b)
+        self.after_iter()
+        if hasattr(self, 'it'): del self.it
 
     def before_iter(self):
         "Begin the next epoch, and tell the batch transforms that want to know"

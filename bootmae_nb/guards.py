@@ -7,18 +7,22 @@ __all__ = ['NonFiniteError', 'any_rank', 'bad_images', 'FiniteGuard', 'likeness'
 
 # %% ../nbs/12a_guards.ipynb #334efc92
 import math, warnings
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
+from functools import partial
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException
-from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
+from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.basics import patch
 from .callbacks import is_fit
 from .checkpoints import non_finite
 from .models import plain
+from .readings import LateRecorder, readings_of
 from .targets import feature_prediction, variance_over_images
 
 # %% ../nbs/12a_guards.ipynb #a626dfce
@@ -44,6 +48,8 @@ def bad_images(
     return ~((low >= -largest) & (high <= largest))          # no comparison with NaN is true
 
 # %% ../nbs/12a_guards.ipynb #b9e7d5ec
+_Step = namedtuple('Step', 'epoch batch images lr')
+
 class FiniteGuard(Callback):
     "Skip batches and steps that are not finite, name their files, clip gradients, and stop after several in a row"
     order,run_valid = MixedPrecision.order + 1, False
@@ -58,18 +64,19 @@ class FiniteGuard(Callback):
                            (max_in_row >= 1, f"max_in_row={max_in_row} is below 1: give the skips after which training stops, e.g. 5")):
             if not ok: raise ValueError(problem)
         self.clip,self.max_in_row,self.max_input,self.max_warnings = clip, max_in_row, max_input, max_warnings
-        self.on,self.fresh = False, True
+        self.on,self.late,self.fresh = False, False, True
         self._reset()
 
     def _reset(self):
         self.skips,self.in_row,self.norms = [], dict(batches=0, steps=0, overflows=0), deque(maxlen=10_000)
         self.skipped,self.told = False, 0
 
-    def before_fit(self): self.on,self.fresh = is_fit(self.learn), True
+    def before_fit(self): self.on,self.late,self.fresh = is_fit(self.learn), False, True
     def before_train(self):
         "Counts begin with training, so that a later `validate` does not wipe them out"
         if self.fresh and self.on: self._reset()
         self.fresh = False
+        self.late = self.on and _can_wait(self.learn)
 
     def before_batch(self): self.skipped = False
 
@@ -77,28 +84,37 @@ class FiniteGuard(Callback):
         if not self.on: return
         own = bad_images(plain(self.xb[0]), self.max_input)
         mine = torch.stack([own.any(), ~self.loss.isfinite().all()]).int()
-        images,loss,*mine = torch.cat([any_rank(mine.clone()), mine, own.int()]).tolist()
-        if not (images or loss): return
-        self.skipped = True
-        if images: self._skip('images', [i for i,bad in enumerate(mine[2:]) if bad])
-        else: self._skip('loss', range(len(own)) if mine[1] else [])
-        raise CancelBatchException
+        flags = torch.cat([any_rank(mine.clone()), mine, own.int()])
+        if self.late: return self._judge_later(flags)
+        self.skipped = any(flags := flags.tolist())
+        if self.skipped: self._judge(self._here(), flags); raise CancelBatchException
+
+    def _here(self): return _Step(self.epoch, self.iter, len(self.xb[0]), self.opt.hypers[-1]['lr'])
+
+    def _judge(self, step, flags):
+        "What the flags of a bad batch mean: are images and loss bad in any process, in this one, and which images"
+        images,_,_,loss,*own = flags
+        if images: self._skip(step, 'images', [i for i,bad in enumerate(own) if bad])
+        else: self._skip(step, 'loss', range(len(own)) if loss else [])
 
     def after_cancel_batch(self):
         if self.skipped: self.learn.yb = ()                  # then neither `Recorder` nor metrics look at the batch
 
-    def after_backward(self): self.in_row['batches'] = 0
+    def after_backward(self):
+        if not self.late: self.in_row['batches'] = 0
 
     def before_step(self):
         if not self.on and self.clip is None: return
         norm = self._norm()
-        if not self.on: return
-        norm = float(norm)                                     # gradients, and so their norm, are the same in every process
-        if not math.isfinite(norm):
-            self._skip('gradient', range(len(self.xb[0])))
-            raise CancelStepException
+        if self.late: return self._judge_norm_later(norm)
+        if self.on and not self._judge_norm(self._here(), float(norm)): raise CancelStepException
+
+    def _judge_norm(self, step, norm):
+        "Whether the step is one to take; gradients, and so their norm, are the same in every process"
+        if not math.isfinite(norm): return self._skip(step, 'gradient', range(step.images))
         self.norms.append(norm)
         self.in_row |= dict(steps=0, overflows=0)
+        return True
 
     def _norm(self):
         "Norm of all gradients, clipped if asked for"
@@ -110,8 +126,9 @@ class FiniteGuard(Callback):
         if not self.on or not any(getattr(cb, 'skipped', False) for cb in self.learn._grab_cbs(MixedPrecision)): return
         self.in_row['overflows'] += 1
         if self.in_row['overflows'] >= self.max_overflows:
-            raise NonFiniteError(f"fp16's scaler has skipped {self.max_overflows} steps in a row, the last in {_place(self)}: no scale makes the gradients finite. "
-                                 f"{_advice(self)}")
+            here = self._here()
+            raise NonFiniteError(f"fp16's scaler has skipped {self.max_overflows} steps in a row, the last in {_place(here)}: no scale makes the gradients finite. "
+                                 f"{_advice(self, here)}")
 
     @property
     def counts(self):
@@ -120,6 +137,7 @@ class FiniteGuard(Callback):
 
     def state_dict(self):
         "What a resumed run needs to go on counting, as JSON can hold it"
+        if (r := readings_of(self.learn)) is not None: r.read()
         return dict(skips=[dict(o) for o in self.skips], in_row=dict(self.in_row))
 
     def load_state_dict(self, state):
@@ -128,12 +146,12 @@ class FiniteGuard(Callback):
 
 # %% ../nbs/12a_guards.ipynb #e853e13e
 def _few(names, n=5): return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
-def _place(cb): return f'epoch {cb.epoch}, batch {cb.iter}'
+def _place(step): return f'epoch {step.epoch}, batch {step.batch}'
 
-def _image_names(cb, rows):
-    "What the images in some rows of the present training batch are called"
+def _image_names(cb, step, rows):
+    "What the images in some rows of a training batch of this epoch are called"
     find = getattr(cb.dls.train, 'batch_items', None)
-    items = dict(enumerate(find(cb.iter))) if find and len(rows) else {}
+    items = dict(enumerate(find(step.batch))) if find and len(rows) else {}
     return [str(o) if isinstance(o := items.get(i), str|Path) else f'item {o}' if isinstance(o, int) else f'row {i} of the batch' for i in rows]
 
 # %% ../nbs/12a_guards.ipynb #0fd11b63
@@ -142,29 +160,64 @@ _reasons = dict(images="{n} of its {all} images hold NaN, infinity or values bey
                 gradient="the gradient is not finite, though images and loss are (the last images: {files})")
 
 @patch
-def _skip(self:FiniteGuard, why, rows):
+def _skip(self:FiniteGuard, step, why, rows):
     "Count, record and tell"
-    kind,names = 'steps' if why == 'gradient' else 'batches', _image_names(self, rows)
+    kind,names = 'steps' if why == 'gradient' else 'batches', _image_names(self, step, rows)
     self.in_row[kind] += 1
-    self.skips.append(dict(epoch=self.epoch, batch=self.iter, why=why, images=len(names), files=names if why == 'images' else names[:5]))
-    reason = _reasons[why].format(n=len(names), all=len(self.xb[0]), most=self.max_input, files=_few(names))
+    self.skips.append(dict(epoch=step.epoch, batch=step.batch, why=why, images=len(names), files=names if why == 'images' else names[:5]))
+    reason = _reasons[why].format(n=len(names), all=step.images, most=self.max_input, files=_few(names))
     if not names: reason = 'another process met numbers that are not finite'
     if self.in_row[kind] >= self.max_in_row:
-        advice = 'Look at these files, and at what makes tensors of them.' if why == 'images' else _advice(self)
-        raise NonFiniteError(f"{self.in_row[kind]} {kind} in a row could not be used, the last in {_place(self)}: {reason}. {advice}")
+        advice = 'Look at these files, and at what makes tensors of them.' if why == 'images' else _advice(self, step)
+        raise NonFiniteError(f"{self.in_row[kind]} {kind} in a row could not be used, the last in {_place(step)}: {reason}. {advice}")
     self.told += bool(names)
     if not names or self.told > self.max_warnings: return
     last = '; further skips of this fit are not told, see finite_guard.skips' if self.told == self.max_warnings else ''
-    warnings.warn(f"{_place(self)} is skipped, because {reason}{last}", stacklevel=2)
+    warnings.warn(f"{_place(step)} is skipped, because {reason}{last}", stacklevel=2)
 
 # %% ../nbs/12a_guards.ipynb #227831e2
-def _advice(cb):
+def _advice(cb, step):
     "What to try against a loss or gradients that are not finite"
     if bad := non_finite(get_model(cb.model).state_dict()):
         return f"The weights are not finite themselves ({_few(bad, 3)}): go on from an earlier checkpoint."
     fp16 = any(o.amp_mode == AMPMode.FP16 for o in cb.learn._grab_cbs(MixedPrecision))
-    tries = [f"a learning rate below {cb.opt.hypers[-1]['lr']:.2g}", f'clip={cb.clip/2 if cb.clip else 1.:g}', *(['bf16 or fp32 in place of fp16'] if fp16 else [])]
+    tries = [f"a learning rate below {step.lr:.2g}", f'clip={cb.clip/2 if cb.clip else 1.:g}', *(['bf16 or fp32 in place of fp16'] if fp16 else [])]
     return f"Try {', '.join(tries)}."
+
+# %% ../nbs/12a_guards.ipynb #0c53fa8f
+def _can_wait(learn):
+    "Whether decisions can stay on the device: the optimiser must know how to leave out a step, and nothing else may need to know at once"
+    if readings_of(learn) is None or not isinstance(learn.opt, OptimWrapper): return False
+    opt,rec = learn.opt.opt, getattr(learn, 'recorder', None)
+    asks = any(o.amp_mode == AMPMode.FP16 for o in learn._grab_cbs(MixedPrecision)) or learn._grab_cbs((GradientAccumulation, NonNativeMixedPrecision))
+    looks = rec is not None and (not isinstance(rec, LateRecorder) or rec.train_metrics and not all(hasattr(m, 'take') for m in learn.metrics))
+    return isinstance(opt, torch.optim.Adam) and all(g['fused'] for g in opt.param_groups) and not (asks or looks)
+
+@patch
+def _judge_later(self:FiniteGuard, flags):
+    "Leave the batch out if a flag of any process says so"
+    self.learn.left_out = flags[:2].any()
+    self.learn.readings.later(partial(self._judge_read, self._here()), flags)
+
+@patch
+def _judge_read(self:FiniteGuard, step, flags):
+    if any(flags): self._judge(step, flags)
+    else: self.in_row['batches'] = 0
+
+@patch
+def _judge_norm_later(self:FiniteGuard, norm):
+    "Leave out the step where the batch is left out or the norm is not finite"
+    self.learn.no_step = self.learn.left_out | ~norm.isfinite()
+    self.opt.opt.found_inf = self.learn.no_step.float()
+    self.learn.readings.later(partial(self._norm_read, self._here()), norm, self.learn.left_out)
+
+@patch
+def _norm_read(self:FiniteGuard, step, norm, left_out):
+    if not left_out: self._judge_norm(step, norm)
+
+@patch
+def after_step(self:FiniteGuard):
+    if self.late: self.opt.opt.found_inf = None
 
 # %% ../nbs/12a_guards.ipynb #e54af80c
 @torch.no_grad()
@@ -200,20 +253,28 @@ class CollapseAlarm(Callback):
         self.fresh = False
 
     def after_backward(self):
-        if self.train_iter % self.every or not (look := self._look()): return
-        self.log.append(dict(step=self.train_iter, epoch=self.epoch) | look)
-        for kind in ('target_var', 'loss', 'cosine'):
-            if kind not in self.told and self._seen(kind): self.told.append(kind); self._tell(kind)
+        if self.train_iter % self.every: return
+        note,figures = partial(self._note, self.train_iter, _Step(self.epoch, self.iter, len(self.xb[0]), self.opt.hypers[-1]['lr'])), self._figures()
+        if (r := readings_of(self.learn)) is None: note(figures.tolist())
+        else: r.later(note, figures)
 
-    def _look(self):
-        "The three figures, with one question to the device; none where no patch is hidden in two images"
+    def _note(self, n, step, figures):
+        "Look at the figures of step `n`, and tell what they show"
+        *figures,counts = figures
+        if not counts: return
+        self.log.append(dict(step=n, epoch=step.epoch) | dict(zip(('target_var', 'loss', 'cosine'), figures)))
+        for kind in ('target_var', 'loss', 'cosine'):
+            if kind not in self.told and self._seen(kind): self.told.append(kind); self._tell(kind, step)
+
+    def _figures(self):
+        "The three figures, and whether they count: not where no patch is hidden in two images, or the batch is left out"
         _,mask,n = self.xb
         loss = self.learn.loss_func
         targ,pred = loss.targets['features'][0], dict(zip(loss.targets, self.pred))['features'].detach()
         pred = feature_prediction(pred, loss.method)
-        shared = (mask.sum(0) > 1).any().float()
-        *figures,shared = torch.stack([variance_over_images(targ[:, -n:], mask), loss.parts['features'], likeness(pred[:, -n:], mask), shared]).tolist()
-        return dict(zip(('target_var', 'loss', 'cosine'), figures)) if shared else {}
+        shared,out = (mask.sum(0) > 1).any(), getattr(self.learn, 'left_out', None)
+        counts = shared if out is None else shared & ~out
+        return torch.stack([variance_over_images(targ[:, -n:], mask), loss.parts['features'], likeness(pred[:, -n:], mask), counts.float()])
 
     def _seen(self, kind):
         "Whether the last looks all show it"
@@ -224,6 +285,7 @@ class CollapseAlarm(Callback):
 
     def state_dict(self):
         "What a resumed run needs to go on watching, as JSON can hold it"
+        if (r := readings_of(self.learn)) is not None: r.read()
         return dict(log=[dict(o) for o in self.log], told=list(self.told))
 
     def load_state_dict(self, state):
@@ -240,9 +302,9 @@ _alarms = dict(
            "try a learning rate below {lr:.2g}, clip=1., a larger batch, more varied images")
 
 @patch
-def _tell(self:CollapseAlarm, kind):
+def _tell(self:CollapseAlarm, kind, step):
     "Warn in one process"
     if rank_distrib(): return
     teacher = 'a slower teacher (ema nearer to 1), ' if get_model(self.model).method.teacher == 'momentum' else ''
-    text = _alarms[kind].format(**self.log[-1], min_var=self.min_var, lr=self.opt.hypers[-1]['lr'], teacher=teacher)
-    warnings.warn(f"epoch {self.epoch}, batch {self.iter}: {text}", stacklevel=2)
+    text = _alarms[kind].format(**self.log[-1], min_var=self.min_var, lr=step.lr, teacher=teacher)
+    warnings.warn(f"{_place(step)}: {text}", stacklevel=2)

@@ -19,13 +19,14 @@ from fastai.callback.training import GradientClip
 from fastai.callback.schedule import LRFinder, ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
-from fastai.learner import Learner, save_model as save_state
+from fastai.learner import Learner, Recorder, save_model as save_state
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib, to_detach
 from fastcore.xtras import join_path_file
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .callbacks import CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, StagedTeacher, TargetVariance
+from .callbacks import (CPUBFloat16, FeatureWeight, LossPart, MaskBatch, MimBatch, MimLoss, MomentumTeacher, ReconstructionLog, StagedTeacher, TargetVariance,
+                                  is_fit)
 from .checkpoints import load_teacher, load_weights, misfit, read_file, refuse_non_finite
 from .data import SeededDL, seeded
 from .files import CheckpointError, write_whole
@@ -33,6 +34,7 @@ from .guards import CollapseAlarm, FiniteGuard
 from .masking import make_mask
 from .memory import reused
 from .models import MaskedAutoencoder, Method, evaluating, get_method, keep_activations, mim_model, plain, teach_self
+from .readings import LateRecorder, Readings
 from .speed import compile_blocks
 from .vit import make_encoder, own_seed
 from .viz import contact_sheet, fill_patches, from_stats, mask_for, model_input, reconstruction_parts, reconstruction_sheet, to_pil
@@ -63,23 +65,47 @@ class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
     first_epoch,first_batch,fit_call = 0, 0, None         # where the present fit begins; the verb and the arguments that it was called with
     pending = None                                          # the state of a run that the next fit goes on with
+    read_every = None                                       # steps between two readings of what waits on the device; `None` = 50 on a GPU, 1 elsewhere
+    readings = left_out = no_step = None                    # what waits, in a fit; and on the device, whether the present batch is left out and its step not made
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "As fastai's, but epochs before `start_epoch` do not take place at all"
         self.first_epoch,self.first_batch = self.pending.epoch if self.pending else start_epoch, 0
         on_cpu = next(self.model.parameters()).device.type == 'cpu'
-        with self.added_cbs(cbs), self._tidy_on_error(), reused(on_cpu): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
+        with self.added_cbs(cbs), self._tidy_on_error(), reused(on_cpu), self._reading(): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
+    @contextmanager
+    def _reading(self):
+        "Within a fit that trains for good, losses and flags wait on the device and are read now and then"
+        n = self.read_every or (50 if next(self.model.parameters()).is_cuda else 1)
+        r = self.readings = Readings(n) if n > 1 and is_fit(self) else None
+        try:
+            yield
+            if r is not None: r.check()
+        finally:
+            self.readings = self.left_out = self.no_step = None
+            if r is not None and r.error is not None: warnings.warn(str(r.error), stacklevel=2)      # another exception ends the fit
+            if getattr(getattr(self.opt, 'opt', None), 'found_inf', None) is not None: self.opt.opt.found_inf = None
+
     def all_batches(self):
         self.n_iter = len(self.dl)
-        for i,b in enumerate(self.dl, getattr(self.dl, 'skip', 0)): self.one_batch(i, b)
+        try:
+            for i,b in enumerate(self.dl, getattr(self.dl, 'skip', 0)): self.one_batch(i, b)
+        finally:
+            if self.readings is not None: self.readings.read()               # after an exception too
+        if self.readings is not None: self.readings.check()
 
     def one_batch(self, i, b):
+        self.left_out = self.no_step = None
+        self._one_batch(i, b)
+        if self.readings is not None and self.training: self.readings.step()
+
+    def _one_batch(self, i, b):
         dl,device,was_on = self.dls.train, next(self.model.parameters()).device, _autocasts()
         try:
             with seeded('step', dl.seed, dl.this_epoch, i, rank_distrib(), device=device) if self.training else nullcontext(): super().one_batch(i, b)
@@ -114,6 +140,10 @@ class MimLearner(Learner):
         return distributed.MimLearner.distrib_ctx(self, **kwargs)
 
     def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, False)       # processes add up their metrics at the end of a pass
+
+    def add_cb(self, cb):
+        "As fastai's, with a recorder that can wait in place of fastai's own"
+        return super().add_cb(LateRecorder if cb is Recorder else cb)
 
     def to_bf16(self):
         "Mixed precision in bf16, on a GPU or a CPU"
@@ -157,7 +187,8 @@ def prepare_dls(
         if not isinstance(dl, TfmdDL): raise TypeError(f"loader {i} is a {type(dl).__name__}: mim_learner needs fastai loaders, as mim_dls or a DataBlock makes them")
         s = seed if seed is not None else getattr(dl, 'seed', 42)
         kept = [f for f in dl.after_batch.fs if not isinstance(f, Normalize|MaskBatch) and getattr(f, '__name__', '') != 'noop' and f.name != 'noop']
-        new = dl.new(cls=SeededDL, seed=s, after_batch=[*kept, norm(), MaskBatch(masker, model.grid, s, 'valid' if i else 'train')])
+        new = dl.new(cls=SeededDL, seed=s, pin_memory=dl.pin_memory or str(dl.device).startswith('cuda'),
+                     after_batch=[*kept, norm(), MaskBatch(masker, model.grid, s, 'valid' if i else 'train')])
         new._types = None; new._one_pass(); new.to(dl.device)
         res.append(new)
     dls.loaders[:] = res
@@ -193,6 +224,7 @@ def mim_learner(
     activations:str='auto', # What is kept for the backward pass: 'keep', 'lean', 'checkpoint' or 'auto', see `keep_activations`
     clip:float|None=None, # Largest norm of the gradients; `None` = no clipping
     guard:bool=True, # Skip and name what is not finite, and warn when features collapse, see `guards`
+    read_every:int|None=None, # Steps after which losses and the guard's flags are read from the device, see `readings`; `None` = 50 on a GPU, 1 elsewhere
     cbs=None, # Further callbacks
     metrics=None, # Further metrics
     path:str|Path|None=None, # Where `save` and `export` write; `None` = that of `dls`
@@ -216,6 +248,7 @@ def mim_learner(
     if (model.in_chans, *model.img_size) != (chans, *size):
         raise ValueError(f"the model takes images of {model.in_chans} channels and {model.img_size[0]} x {model.img_size[1]} pixels, but dls gives "
                          f"{chans} channels and {size[0]} x {size[1]}: make both equal (mim_dls(img_size=…, in_chans=…))")
+    if read_every is not None and read_every < 1: raise ValueError(f"read_every={read_every} is below 1: give the steps after which losses are read, e.g. 50")
     if compile: compile_blocks(model, compile)
     keep_activations(model, activations)
     masker = make_mask(mask) if callable(mask) else model.method.masker
@@ -226,6 +259,7 @@ def mim_learner(
                        splitter=decay_groups, metrics=[*_metrics(model), *L(metrics)], path=path, model_dir=model_dir, moms=moms,
                        cbs=[*_callbacks(model, masker, ema, ema_scale, ema_dynamic, weight_of_features, log_pictures),
                             *_guards(model, guard, clip), *L(cbs)])
+    learn.read_every = read_every
     return _precisions[precision](learn)
 
 # %% ../nbs/13_learner.ipynb #cfd41cb8

@@ -172,8 +172,8 @@ class GridMask:
     ) -> Tensor: # `(bs, L)`, boolean
         "A batch of grid masks; each has its own offset where the cell divides the grid, so that the count stays the same"
         h,w = pair(grid, 'grid'); c = self.cell; self.n_hidden(grid)
-        off = (_rand(generator, device, 2, bs, 1)*c).long() * torch.tensor([h % c == 0, w % c == 0], device=device)[:, None, None]
-        rows,cols = torch.arange(h, device=device) % c == off[0], torch.arange(w, device=device) % c == off[1]
+        off = (_rand(generator, device, 2, bs, 1)*c).long()
+        rows,cols = (torch.arange(n, device=device) % c == o*(n % c == 0) for n,o in zip((h, w), off))
         return ~(rows[:, :, None] & cols[:, None]).flatten(1)
 
 # %% ../nbs/04_masking.ipynb #cecea0e1

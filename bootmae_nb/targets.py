@@ -88,21 +88,23 @@ def update_feature_mean(
     n,total = mask.sum(0), (targ.gather(1, rank)*mask[..., None]).sum(0)
     if add_up: total,n = add_up(torch.cat([total, n[:, None]], 1)).split([targ.shape[-1], 1], 1); n = n[:, 0]
     count += n > 0
-    mean.lerp_(total/n.clamp(min=1)[:, None], torch.where(n > 0, (1/count.clamp(min=1)).clamp(min=least), 0.)[:, None])
+    mean.lerp_(total/n.clamp(min=1)[:, None], ((1/count.clamp(min=1)).clamp(min=least)*(n > 0))[:, None])
 
 # %% ../nbs/07_targets.ipynb #102d95ad
 @torch.no_grad()
 def ema_update(
     teacher:nn.Module, # The module to move
     student:nn.Module, # Where it moves to: a module of the same structure
-    decay:float, # Share of the teacher that stays, from 0 to 1
+    decay:float|Tensor, # Share of the teacher that stays, from 0 to 1; or such a number on the device, float64, which is not read
 ):
     "Move the teacher's floating-point parameters and buffers towards the student's; other buffers are copied"
     pairs = list(zip([*teacher.parameters(), *teacher.buffers()], [*student.parameters(), *student.buffers()], strict=True))
     moving = [(t, s) for t,s in pairs if t.is_floating_point()]
     if moving:
         t,s = map(list, zip(*moving))
-        torch._foreach_lerp_(t, [o.to(a.dtype) for a,o in zip(t, s)], 1 - decay)
+        weight = 1 - decay
+        if isinstance(weight, Tensor): by_type = {d: weight.to(d) for d in {o.dtype for o in t}}; weight = [by_type[o.dtype] for o in t]
+        torch._foreach_lerp_(t, [o.to(a.dtype) for a,o in zip(t, s)], weight)
     for t,s in pairs:
         if not t.is_floating_point(): t.copy_(s)
 

@@ -245,7 +245,7 @@ def _one_of_two(rank, folder):
     x = torch.randn(2, 3, 8, 8)
     if rank == 1: x[1,0,0,0] = torch.nan
     dls = SimpleNamespace(train=SimpleNamespace(batch_items=lambda i: [f'{rank}_a', f'{rank}_b']))
-    guard.learn = SimpleNamespace(xb=(x,), loss=torch.tensor(1.), epoch=0, iter=3, dls=dls)
+    guard.learn = SimpleNamespace(xb=(x,), loss=torch.tensor(1.), epoch=0, iter=3, dls=dls, opt=SimpleNamespace(hypers=[dict(lr=1.)]))
     guard.on = True
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
