@@ -27,12 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from .checkpoints import write_whole
 from .data import mim_dls
+from .files import write_whole
 from .learner import decay_groups, mim_learner
 from .losses import mim_losses, mim_targets
-from .models import get_method, methods, mim_model
+from .memory import reused
+from .models import get_method, keep_activations, methods, mim_model
 from .settings import pick_device, pick_precision
+from .speed import compile_blocks
 from .targets import ema_update, update_feature_mean
 from .vit import make_encoder, zero_key_bias_grads
 from .yardstick import plain_ema, plain_loss, plain_optimiser
@@ -258,11 +260,13 @@ class Side:
         compile:bool=False, # Compile the blocks
     ):
         "Make ready for steps"
+        if compile: self.compile()
         if change is not None: self.model = change(self.model) or self.model
-        if compile:
-            for block in self.blocks(): block.compile()
         self.opt,self.scaler,self.n_steps = self.optimiser(), torch.amp.GradScaler(self.device.type, enabled=self.precision == 'fp16'), 0
         return self
+
+    def compile(self):
+        for block in self.blocks(): block.compile(dynamic=False)
 
     def optimiser(self): return torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), 1e-4, betas=(.9, .95), weight_decay=.05)
     def autocast(self): return torch.autocast(self.device.type, _dtypes[self.precision], enabled=self.precision != 'fp32')
@@ -290,9 +294,7 @@ class Ours(Side):
         self.masker = model.method.masker; self.n_hidden = self.masker.n_hidden(model.grid)
         return model
 
-    def blocks(self):
-        m = self.model
-        return [*m.encoder.vit.blocks, *(b for d in m.decoders.values() for b in d.blocks), *(m.teacher.vit.blocks if m.teacher is not None else ())]
+    def compile(self): compile_blocks(self.model)
 
     def optimiser(self):
         decayed,others = decay_groups(self.model)
@@ -412,9 +414,15 @@ class Variant:
     change:object=None # Called with the model before its first step; may return another one
     around:object=nullcontext # A context manager, entered around its steps
 
+def _with_math(model): model.attention = 'math'; return keep_activations(model)
+
 variants = dict(
     plain=Variant(Plain, 'explicit softmax attention, all tokens decoded, parameter by parameter: the yardstick'),
-    ours=Variant(Ours, 'the step of mim_learner'),
+    ours=Variant(Ours, 'the step of mim_learner', keep_activations, reused),
+    no_reuse=Variant(Ours, 'freed memory goes back to the system', keep_activations),
+    keep=Variant(Ours, 'all activations are kept', None, reused),
+    checkpoint=Variant(Ours, 'blocks run again in the backward pass', partial(keep_activations, kind='checkpoint'), reused),
+    math=Variant(Ours, "attention by torch's plain kernel", _with_math, reused),
     transformers=Variant(Transformers, 'ViTMAEForPreTraining of transformers'),
     lightly=Variant(Lightly, "MAE from lightly's modules"))
 
@@ -577,6 +585,7 @@ def _measure(entry, batches, split):
         seconds,wait = side.seconds()
         r['seconds'].append(seconds); r['splits'].append(dict(data=wait, step=seconds - wait))
     else:
+        side.step(batches[0])                                 # the first one gets memory and caches back from the side before
         r['seconds'].append(step_seconds(side, batches, r['steps']))
         if split: r['splits'].append(step_split(side, batches[0]))
 
