@@ -1274,6 +1274,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'bootmae_nb.vit': { 'bootmae_nb.vit.Attention': ('vit.html#attention', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.Attention.__init__': ('vit.html#attention.__init__', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.Attention._qkv': ('vit.html#attention._qkv', 'bootmae_nb/vit.py'),
+                                'bootmae_nb.vit.Attention.attend': ('vit.html#attention.attend', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.Attention.forward': ('vit.html#attention.forward', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.Decoder': ('vit.html#decoder', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.Decoder.__init__': ('vit.html#decoder.__init__', 'bootmae_nb/vit.py'),

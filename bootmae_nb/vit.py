@@ -316,7 +316,11 @@ class Attention(nn.Module):
         n_query:int|None=None, # Ask only for the last `n_query` tokens; `None` = all
     ) -> Tensor: # `(B, n_query or N, dim)`
         "Attend, with torch's fused kernels"
-        q,k,v = (o.unflatten(-1, (self.heads, -1)).transpose(1, 2) for o in self._qkv(x, memory, n_query))
+        return self.attend(*self._qkv(x, memory, n_query))
+
+    def attend(self, *qkv):
+        "From queries, keys and values `(B, N, inner)` to tokens"
+        q,k,v = (o.unflatten(-1, (self.heads, -1)).transpose(1, 2) for o in qkv)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../nbs/05_vit.ipynb #6e682cfd
@@ -349,11 +353,23 @@ class DecoderBlock(nn.Module):
         else: self.cross = None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x, memory=None, n_query=None):
-        "Tokens `(B, N, dim)` -> the last `n_query` of them after the block (all if `None`)"
-        h = self.norm1(x)
+    def forward(self,
+        x:Tensor, # Tokens `(B, N, dim)`
+        memory:Tensor|None=None, # What cross-attention looks at
+        n_query:int|None=None, # Give only the last `n_query` tokens; `None` = all
+        shared:Tensor|None=None, # Tokens `(L, dim)` of which every image has some, after its own; `None` = none
+        idx:Tensor|None=None, # Which `(B, M)`
+    ) -> Tensor: # `(B, n_query or N + M, dim)`
+        "Tokens after the block; what they begin with is computed once where images share it"
+        if shared is None: y = self.attn(self.norm1(x), n_query=n_query)
+        else:
+            every = lambda o: take(o.expand(len(x), -1, -1), idx)
+            qkv = torch.cat([self.attn.qkv(self.norm1(x)), every(self.attn.qkv(self.norm1(shared[None])))], 1)
+            x = torch.cat([x, every(shared[None])], 1)
+            q,k,v = qkv.chunk(3, -1)
+            y = self.attn.attend(q if n_query is None else q[:, -n_query:], k, v)
         if n_query is not None: x = x[:, -n_query:]
-        x = x + self.drop_path(self.attn(h, n_query=n_query))
+        x = x + self.drop_path(y)
         if self.cross is not None: x = x + self.drop_path(self.cross(self.norm3(x), self.norm4(memory)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -382,14 +398,13 @@ class Decoder(nn.Module):
         self.norm,self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, out_dim)
         self.checkpointing = False                   # as the encoder's
 
-    def _tokens(self, x, visible, hidden, n_prefix):
-        "All tokens in the order visible, prefix, hidden"
+    def _tokens(self, x, visible, n_prefix):
+        "The tokens of an image, in the order visible, prefix; and the mask token at every place `(L, width)`, which all images share"
         x = self.embed(x)
         pos = self.pos_embed.to(x.dtype)
-        masked = self.mask_token.to(x.dtype) + pos[0, 1:][hidden]
         prefix,seen = x[:, :n_prefix], x[:, n_prefix:]
         if self.positions == 'all': prefix,seen = torch.cat([prefix[:, :1] + pos[:, :1], prefix[:, 1:]], 1), seen + pos[0, 1:][visible]
-        return torch.cat([seen, prefix[:, 1:], prefix[:, :1], masked], 1)
+        return torch.cat([seen, prefix[:, 1:], prefix[:, :1]], 1), (self.mask_token.to(x.dtype) + pos[:, 1:])[0]
 
     def forward(self,
         x:Tensor, # Encoded visible tokens after the encoder's final norm, `(B, n_prefix + L - M, in_dim)`
@@ -401,9 +416,12 @@ class Decoder(nn.Module):
     ) -> Tensor: # `(B, M, out_dim)`, or `(B, L, out_dim)` in raster order; with the class token first if `with_cls`
         "Predictions for the hidden (or all) patches"
         extra,M = int(self.with_cls), hidden.shape[1]
-        x = self._tokens(x, visible, hidden, n_prefix)
+        x,masks = self._tokens(x, visible, n_prefix)
+        shares = len(self.blocks) and hidden.numel() > len(masks)      # else there is nothing to gain
+        if not shares: x = torch.cat([x, masks[hidden]], 1)
         for i,block in enumerate(self.blocks):
-            x = run_block(block, x, memory, None if all_tokens or i < len(self.blocks) - 1 else M + extra, again=self.checkpointing)
+            n_query = None if all_tokens or i < len(self.blocks) - 1 else M + extra
+            x = run_block(block, x, memory, n_query, *([masks, hidden] if shares and not i else []), again=self.checkpointing)
         if not all_tokens: return self.head(self.norm(x[:, -(M + extra):]))
         x = self.head(self.norm(x))
         order = torch.cat([visible, hidden], 1).argsort(1)

@@ -91,10 +91,12 @@ def test_operations_equal_a_count_by_hand():
     embed = 2*(seen - 1)*P*D
     decoder = 2*seen*D*W + block(W, L + 1, 12) + 2*12*W*P                     # its only block asks for the 12 hidden tokens alone
     forward = embed + 2*block(D, seen, seen) + decoder
-    counted = step_flops(Ours(load, 'fp32', cpu), load.images(2))
-    assert counted == 3*forward - embed, (counted, 3*forward - embed)                  # images need no gradient
+    ours = Ours(load, 'fp32', cpu)
+    assert step_flops(ours, 1) == 3*forward - embed                            # images need no gradient
+    qkv = 2*W*W*(12 + 2*(L + 1))
+    for batch in (4, 8): assert step_flops(ours, batch) == pytest.approx(3*(forward - qkv + 3*2*W*W*(seen + L/batch)) - embed)      # mask tokens once for a batch
     full = 2*L*P*D + 2*block(D, seen, seen) + 2*seen*D*W + block(W, L + 1, L + 1) + 2*(L + 1)*W*P
-    assert step_flops(Plain(load, 'fp32', cpu), load.images(2)) == 3*full - 2*L*P*D
+    assert step_flops(Plain(load, 'fp32', cpu), 2) == 3*full - 2*L*P*D
 
 
 def test_peak_memory_of_known_cases():
@@ -154,8 +156,8 @@ def test_peers_do_the_same_work(peer):
     load = quick_load('mae'); side,ours = variants[peer].side(load, 'fp32', cpu), Ours(load, 'fp32', cpu)
     extra = load.width if peer == 'lightly' else 0                            # a mask token of its encoder, which MAE does not use
     assert sum(p.numel() for p in side.model.parameters() if p.requires_grad) == sum(p.numel() for p in ours.model.parameters() if p.requires_grad) + extra
-    flops = step_flops(side, load.images(2))
-    assert step_flops(ours, load.images(2)) < flops <= step_flops(Plain(load, 'fp32', cpu), load.images(2))
+    flops = step_flops(side, 2)
+    assert step_flops(ours, 2) < flops <= step_flops(Plain(load, 'fp32', cpu), 2)
     side.prepare(); losses = [side.step(load.images()).item() for _ in range(5)]
     assert all(math.isfinite(o) and .5 < o < 3 for o in losses) and step_seconds(side, [load.images()], 2) > 0
     side = variants[peer].side(load, 'bf16', cpu).prepare()
@@ -290,7 +292,7 @@ def test_growth_finds_exponents():
     assert [(o['vary'], round(o['seconds'], 6), round(o['memory'], 6)) for o in found] == [('batch', 1.5, 3.), ('mask_ratio', 1., 2.)]
     res = run_bench([o for o in loads if o.vary == 'batch'][2:], ['ours'], rounds=1, least=.001, quiet=True)
     found, = res['growth']
-    assert (found['over'], found['points']) == ('images', 2) and abs(found['flops_per_image']) < .01 and .7 < found['memory'] < 1.2
+    assert (found['over'], found['points']) == ('images', 2) and -.05 < found['flops_per_image'] < .005 and .7 < found['memory'] < 1.2
 
 
 def test_the_interval_of_a_ratio():
