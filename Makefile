@@ -12,6 +12,8 @@ DEMO_IMAGES ?= photos
 
 # Without byte code every start compiles fastai anew, for some 15 seconds
 unexport PYTHONDONTWRITEBYTECODE
+# Threads that wait for work sleep: where they spin, small models are several times slower beside other programs
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test test-slow lab app screenshots readme clean
 .DELETE_ON_ERROR:
@@ -54,7 +56,7 @@ demo: .venv/.ok
 test: .venv/.ok .venv/.browser
 	$(BIN)/ruff check bootmae_nb tests tools app
 	$(BIN)/nbdev-test --n-workers 1
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.ok
 	$(BIN)/nbdev-test --n-workers 1 --flags slow

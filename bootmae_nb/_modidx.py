@@ -421,6 +421,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bootmae_nb.cli._resume': ('cli.html#_resume', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._run_folder': ('cli.html#_run_folder', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._say': ('cli.html#_say', 'bootmae_nb/cli.py'),
+                                'bootmae_nb.cli._share_cores': ('cli.html#_share_cores', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._size': ('cli.html#_size', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._tell_losses': ('cli.html#_tell_losses', 'bootmae_nb/cli.py'),
                                 'bootmae_nb.cli._train': ('cli.html#_train', 'bootmae_nb/cli.py'),

@@ -23,10 +23,15 @@ def _say(text, category, *_, **__):
     "Show a warning to users, which is not one to developers, as a sentence"
     if issubclass(category, UserWarning): print(f'warning: {text}', file=sys.stderr)
 
+def _share_cores():
+    "Threads that wait for work sleep rather than spin: on cores that other programs use too, spinning makes small models several times slower"
+    if 'torch' not in sys.modules: os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 def plain_errors(f):
     "Tell warnings and expected errors in a sentence; an error leaves with status 2, an interrupt with 130"
     @wraps(f)
     def _f(*args, **kwargs):
+        _share_cores()
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _say

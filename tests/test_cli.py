@@ -350,3 +350,11 @@ def test_two_processes_by_one_flag_that_are_stopped_and_gone_on_with(folder, tmp
     assert json.loads((tmp_path/'run'/'model.json').read_text())['training']['processes'] == 2
     other = run('bootmae-train', '--resume', tmp_path/'run', '--nproc', 1)
     assert other.returncode == 2 and 'nproc: 2 -> 1' in other.stderr
+
+
+@pytest.mark.parametrize('given,want', [(None, 'PASSIVE'), ('ACTIVE', 'ACTIVE')])
+def test_waiting_threads_of_a_command_sleep_unless_told_otherwise(given, want):
+    "On cores that other programs use as well, spinning threads make small models several times slower"
+    env = {k: v for k,v in os.environ.items() if k != 'OMP_WAIT_POLICY'} | ({} if given is None else dict(OMP_WAIT_POLICY=given))
+    code = "import os; from bootmae_nb.cli import plain_errors; plain_errors(lambda: print(os.environ['OMP_WAIT_POLICY']))()"
+    assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout.strip() == want

@@ -20,6 +20,7 @@ never_imported = {
     'ipywidgets': 'JupyterLab draws sliders and progress bars with it',
     'jupyterlab': '`make lab`',
     'lightly': 'a peer of the benchmark, which imports it by name if it is there',
+    'pytest-xdist': '`make test`',
     'ruff': '`make test`',
     'scikit-image': 'its photographs, opened as files',
     'scikit-learn': 'its photographs, opened as files',
