@@ -175,26 +175,25 @@ _low = WeakKeyDictionary()                           # encoder -> its copy
 class _LowPrecision:
     "An encoder that shares all tensors with another but for the matrices, which are in another precision"
     def __init__(self, encoder, dtype):
-        self.dtype,self.encoder = dtype, copy.deepcopy(encoder, {id(o): o for o in (*encoder.parameters(), *encoder.buffers())})
+        self.dtype,self.encoder = dtype, copy.deepcopy(encoder, {id(o): o for o in _tensors(encoder)})
         compile_like(self.encoder, encoder)
-        self.low = []
+        self.high,self.low,self.made_of = [], [], _layout(encoder)
         for m in _matrices(self.encoder):
-            for k in m._parameters: m._parameters[k] = m._parameters[k] if m._parameters[k] is None else nn.Parameter(m._parameters[k].to(dtype), requires_grad=False)
+            self.high += m.parameters(recurse=False)
+            for k,p in m._parameters.items(): m._parameters[k] = p if p is None else nn.Parameter(p.to(dtype), requires_grad=False)
             self.low += m.parameters(recurse=False)
-        self.seen = self._state(encoder)
-
-    def _state(self, encoder): return [(p, p.data_ptr(), p._version) for m in _matrices(encoder) for p in m.parameters(recurse=False)]
 
     def follow(self, encoder):
-        "Whether the copy is up to date, or could be brought there"
-        now,was = self._state(encoder), self.seen
-        if [(id(p), at) for p,at,_ in now] != [(id(p), at) for p,at,_ in was]: return False
-        if [o[2] for o in now] != [o[2] for o in was]: torch._foreach_copy_(self.low, [o[0] for o in now])
-        self.seen = now
+        "Bring the copy up to date; whether that is possible"
+        if _layout(encoder) != self.made_of: return False
+        torch._foreach_copy_(self.low, self.high)
         return True
 
+def _tensors(encoder): return [*encoder.parameters(), *encoder.buffers()]
+def _layout(encoder): return [(id(o), o.device, o.shape) for o in _tensors(encoder)]
 def _matrices(encoder): return [m for m in encoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def low_precision(
     encoder:Encoder, # One without gradients, e.g. a teacher
