@@ -1311,6 +1311,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bootmae_nb.vit.compile_like': ('vit.html#compile_like', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.copy_encoder': ('vit.html#copy_encoder', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.init_weights': ('vit.html#init_weights', 'bootmae_nb/vit.py'),
+                                'bootmae_nb.vit.is_compiled': ('vit.html#is_compiled', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.low_precision': ('vit.html#low_precision', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.make_encoder': ('vit.html#make_encoder', 'bootmae_nb/vit.py'),
                                 'bootmae_nb.vit.own_seed': ('vit.html#own_seed', 'bootmae_nb/vit.py'),

@@ -23,6 +23,7 @@ from bootmae_nb.patches import mask_order, take
 from bootmae_nb.speed import attention_times, choose_attention, compile_blocks
 from bootmae_nb.targets import ema_update
 from bootmae_nb.vit import as_encoder, low_precision, make_encoder, tokens_after, zero_key_bias_grads
+from bootmae_nb.viz import attention_maps
 
 methods = 'bootmae', 'mae', 'dbot'
 sizes = dict(arch='vit_tiny_patch16_224', img_size=(32, 48), patch_size=8, width=48, depth=3, heads=3)
@@ -143,7 +144,9 @@ def test_auto_is_for_large_models_that_are_not_compiled():
     assert keep_activations(model_of()).activations == 'keep'
     with torch.device('meta'): large = mim_model('bootmae', 'vit_small_patch16_224')
     assert keep_activations(large).activations == 'lean'
-    assert keep_activations(compile_blocks(large)).activations == 'keep'
+    assert compile_blocks(large).activations == keep_activations(large).activations == 'keep'
+    with pytest.raises(ValueError, match='traced anew in each step: choose keep or checkpoint'): keep_activations(large, 'lean')
+    assert keep_activations(copy.deepcopy(large)).activations == 'lean', 'a copy is not compiled'
     with pytest.raises(ValueError, match="activations='all' is unknown: choose one of auto, keep"): keep_activations(large, 'all')
 
 
@@ -258,8 +261,9 @@ def test_attention_is_measured_and_chosen(monkeypatch):
 def test_compiled_blocks_agree_and_new_masks_need_no_new_graph(method):
     torch._dynamo.reset()
     plain,quick = model_of(method), compile_blocks(model_of(method), backend='aot_eager')
-    for i in range(4):
+    for i in range(5):
         data = batch(plain, seed=i)
+        if i == 4: keep_activations(quick, 'checkpoint')
         with torch.compiler.set_stance('fail_on_recompile' if i else 'default'): assert_close(step(quick, *data), step(plain, *data))
     with torch.no_grad():
         outs = plain.eval()(*data, all_tokens=True).values(), quick.eval()(*data, all_tokens=True).values()
@@ -277,6 +281,15 @@ def test_a_compiled_model_is_saved_copied_and_staged():
     assert quick.teacher.vit.blocks[0]._compiled_call_impl is not None
     with torch.no_grad(), bf16(): assert low_precision(quick.teacher, 'cpu').vit.blocks[0]._compiled_call_impl is not None
     with pytest.raises(ValueError, match="compile mode 'fast' is unknown: choose one of default"): compile_blocks(quick, 'fast')
+    for mode in 'reduce-overhead', 'max-autotune':
+        with pytest.raises(ValueError, match='records CUDA graphs, whose outputs do not last'): compile_blocks(quick, mode)
+
+
+def test_attention_of_a_compiled_model_can_be_looked_at():
+    model,quick = model_of().eval(), compile_blocks(model_of().eval(), backend='aot_eager')
+    images,_ = batch(model)
+    with torch.no_grad(): quick.encoder(images[:1])
+    for i in 0, 1: torch.testing.assert_close(attention_maps(quick, images[i]), attention_maps(model, images[i]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
