@@ -145,7 +145,7 @@ def test_auto_is_for_large_models_that_are_not_compiled():
     with torch.device('meta'): large = mim_model('bootmae', 'vit_small_patch16_224')
     assert keep_activations(large).activations == 'lean'
     assert compile_blocks(large).activations == keep_activations(large).activations == 'keep'
-    with pytest.raises(ValueError, match='traced anew in each step: choose keep or checkpoint'): keep_activations(large, 'lean')
+    with pytest.raises(ValueError, match='trace compiled blocks anew in each step: choose keep or checkpoint'): keep_activations(large, 'lean')
     assert keep_activations(copy.deepcopy(large)).activations == 'lean', 'a copy is not compiled'
     with pytest.raises(ValueError, match="activations='all' is unknown: choose one of auto, keep"): keep_activations(large, 'all')
 
