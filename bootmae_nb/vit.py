@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         "Tokens after the blocks in `keep`; blocks after the last of them do not run"
         wanted = {self.block_index(i) for i in keep}
         x = self.embed(x, idx)
-        outs,last = {-1: x if only is None else take(x, only)}, max(wanted)
+        outs,last = {-1: x if only is None else take(x, only)} if -1 in wanted else {}, max(wanted)
         for i,block in enumerate(self.vit.blocks[:last + 1]):
             if only is not None and i == last: outs[i] = tokens_after(block, x, only)
             else:
