@@ -263,7 +263,7 @@ def test_what_does_not_fit_or_fails_is_a_row(variant, monkeypatch):
 
 
 def test_a_failure_names_no_files(variant, tmp_path):
-    text = f"g++ -I{tmp_path}/x.h '{tmp_path}/a b' {os.path.expanduser('~')}/q ~/w C:\\Users\\me at 3 images/s, see https://pytorch.org/docs"
+    text = f"g++ -I{tmp_path}/x.h '{tmp_path}/a b' {os.path.expanduser('~')}/q ~/w D:\\photos\\me at 3 images/s, see https://pytorch.org/docs"
     class Fails(Ours):
         def loss(self, x, part=None): raise RuntimeError(text)
     variant('fails', Fails, 'fails')
