@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['variants', 'machine_facts', 'Clock', 'peak_memory', 'state_memory', 'MatmulRate', 'Workload', 'quick_load', 'Side',
-           'Ours', 'Plain', 'is_installed', 'Transformers', 'LightlyMAE', 'Lightly', 'Variant', 'step_seconds',
-           'step_split', 'step_memory', 'step_flops', 'write_photos', 'Fit', 'FitCached', 'Entry', 'DoesNotFit',
-           'Contest', 'paired_ratio', 'summarise', 'make_entries', 'run_bench', 'growth_loads', 'growth', 'group_table',
-           'bench_table', 'main']
+           'Ours', 'Plain', 'is_installed', 'Transformers', 'LightlyMAE', 'TransformersTuned', 'Lightly',
+           'LightlyTuned', 'Variant', 'step_seconds', 'step_split', 'step_memory', 'step_flops', 'write_photos', 'Fit',
+           'FitCached', 'Entry', 'DoesNotFit', 'Contest', 'paired_ratio', 'summarise', 'make_entries', 'run_bench',
+           'growth_loads', 'growth', 'group_table', 'bench_table', 'main']
 
 # %% ../nbs/20_bench.ipynb #fd65607c
-import gc, importlib, importlib.util, json, math, os, platform, resource, sys, tempfile, time, warnings
+import gc, importlib, importlib.util, json, math, os, platform, re, resource, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -64,7 +64,7 @@ class Clock:
     def now(self):
         "A moment: seconds, or an event of a CUDA stream"
         if self.device.type != 'cuda': return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True); event.record()
+        event = torch.cuda.Event(enable_timing=True); event.record(torch.cuda.current_stream(self.device))
         return event
 
     @contextmanager
@@ -247,6 +247,7 @@ def quick_load(
 class Side:
     "A model with its optimiser, and how it takes a step"
     needs,methods,role = None, tuple(methods), 'step'           # a package that must be installed, the methods that this side knows, what it is compared as
+    fused = None                                                # whether AdamW is one kernel; `None` is torch's own choice
     def __init__(self,
         load:Workload, # What is trained
         precision:str, # 'fp32', 'bf16' or 'fp16'
@@ -268,7 +269,7 @@ class Side:
     def compile(self):
         for block in self.blocks(): block.compile(dynamic=False)
 
-    def optimiser(self): return torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), 1e-4, betas=(.9, .95), weight_decay=.05)
+    def optimiser(self): return torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), 1e-4, betas=(.9, .95), weight_decay=.05, fused=self.fused)
     def autocast(self): return torch.autocast(self.device.type, _dtypes[self.precision], enabled=self.precision != 'fp32')
     def after_backward(self): pass
     def after_step(self): pass
@@ -396,6 +397,10 @@ class LightlyMAE(nn.Module):
         target = u.normalize_mean_var(u.get_at_index(u.patchify(images, self.patch_size), hide - 1))
         return F.mse_loss(pred.float(), target)
 
+class TransformersTuned(Transformers):
+    "The same with the fused AdamW that `mim_learner` takes"
+    fused = True
+
 class Lightly(Side):
     "MAE built from lightly's encoder and decoder"
     needs,methods,role = 'lightly', ('mae',), 'peer'
@@ -404,6 +409,10 @@ class Lightly(Side):
     def blocks(self): return [*self.model.encoder.vit.blocks, *self.model.decoder.blocks]
     def loss(self, x, part=_untimed):
         with self.autocast(), part('forward'): return self.model(x)
+
+class LightlyTuned(Lightly):
+    "The same with the fused AdamW that `mim_learner` takes"
+    fused = True
 
 # %% ../nbs/20_bench.ipynb #895f5ebd
 @dataclass(frozen=True)
@@ -424,7 +433,9 @@ variants = dict(
     checkpoint=Variant(Ours, 'blocks run again in the backward pass', partial(keep_activations, kind='checkpoint'), reused),
     math=Variant(Ours, "attention by torch's plain kernel", _with_math, reused),
     transformers=Variant(Transformers, 'ViTMAEForPreTraining of transformers'),
-    lightly=Variant(Lightly, "MAE from lightly's modules"))
+    lightly=Variant(Lightly, "MAE from lightly's modules"),
+    transformers_tuned=Variant(TransformersTuned, 'ViTMAEForPreTraining with fused AdamW, freed memory used again', None, reused),
+    lightly_tuned=Variant(LightlyTuned, "MAE from lightly's modules with fused AdamW, freed memory used again", None, reused))
 
 # %% ../nbs/20_bench.ipynb #d9f80963
 def step_seconds(
@@ -556,6 +567,12 @@ def _no_memory(e):
     "Whether an error is about memory"
     return isinstance(e, torch.OutOfMemoryError|MemoryError) or "can't allocate memory" in str(e) or 'out of memory' in str(e).lower()
 
+_paths = re.compile(r"""(?<![:/])(?:/[^\s'",;:/)]+){2,}/?|(?<![\w.:/])~?/[^\s'",;:)]+|\b[A-Za-z]:\\[^\s'",;:)]+""")
+
+def _without_paths(text):
+    "The same without names of files and folders, which name users and machines"
+    return _paths.sub('…', text)
+
 class DoesNotFit(RuntimeError):
     "A batch that memory has no room for"
 
@@ -630,9 +647,10 @@ class Contest:
             with entry.around(): f(entry)
         except (RuntimeError, MemoryError, ValueError) as e:
             text = ' '.join(str(e).split())
-            if isinstance(e, DoesNotFit): entry.result['status'] = f'does not fit: {text}'
-            else: entry.result['status'] = 'does not fit' if _no_memory(e) else f'failed: {type(e).__name__}: {text[:300]}'
-            self.tell(f"{entry.name}: {entry.result['status']}")
+            if isinstance(e, DoesNotFit): status = f'does not fit: {text}'
+            else: status = 'does not fit' if _no_memory(e) else f'failed: {type(e).__name__}: {text[:300]}'
+            entry.result['status'] = _without_paths(status)
+            self.tell(f'{entry.name}: {status}')
             e.__traceback__ = None; entry.drop()
 
     def _build(self, entry):

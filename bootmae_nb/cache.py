@@ -174,17 +174,20 @@ def _packed(row):
 @patch
 def read(self: DecodedImages):
     "Take the index as it is on the disk now"
-    try: data = self._file('index.jsonl').read_bytes()
-    except FileNotFoundError: data = b''
+    self.index = {}
+    try: self.table = np.fromiter(map(_packed, self._rows()), _row_type)
     except OSError as e: raise CacheError(f'{self.folder} cannot be read ({e.strerror or e}): check its permissions and the disk') from e
-    rows = [row for line in data.split(b'\n') if (row := _from_line(line))]
-    self.index = {row[0]: i for i,row in enumerate(rows)}
-    self.table = np.array([_packed(row) for row in rows], _row_type)
     n = self.n_bytes
     self.pixels = np.memmap(self._file('pixels'), mode='r').view(np.ndarray) if n else np.zeros(0, np.uint8)
     self.ends = self.table['at'] + self.table['h'].astype('i8')*self.table['w']*self.in_chans
     self.there = self.ends <= n
-    self.checked = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+    self.checked = torch.zeros(len(self.table), dtype=torch.bool).share_memory_()
+
+@patch
+def _rows(self: DecodedImages):
+    "Rows of the index, one at a time, whose names are noted"
+    with suppress(FileNotFoundError), open(self._file('index.jsonl'), 'rb') as f:
+        for i,row in enumerate(filter(None, (_from_line(o.rstrip(b'\n')) for o in f))): self.index[row[0]] = i; yield row
 
 @patch
 def find(self: DecodedImages,
@@ -374,14 +377,13 @@ def _append(f, x):
 @patch
 def _recognise(self: DecodedImages, missing):
     "Find files by their content, without writing; the errors by name"
-    known = self._known()
     number = {c.decode(): i for i,c in enumerate(self.table['content']) if self.there[i]}
-    todo,errors,lacking = _ToDecode(missing, known, self.side, self.in_chans, self.max_pixels, 1), {}, []
-    for o in missing:
-        found = todo._take(o)
+    todo,errors,lacking = _ToDecode(missing, number, self.side, self.in_chans, self.max_pixels, 1), {}, []
+    def row(o): found = todo._take(o); return found if isinstance(found, ImageError) else number.get(found[1])
+    for o,found in zip(missing, _for_all(row, missing, 1, len(missing) <= 2000)):
         if isinstance(found, ImageError): errors[o] = found
-        elif found[2] is None: self.index[o] = number[found[1]]
-        else: lacking.append(o)
+        elif found is None: lacking.append(o)
+        else: self.index[o] = found
     if lacking:
         raise CacheError(f'{self.folder} lacks {len(lacking):,} images, {printable(lacking[0])} among them, and cannot be written to: '
                          'make it writable, or choose another folder')

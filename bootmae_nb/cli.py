@@ -455,7 +455,7 @@ def bootmae_demo(
 @call_parse
 @plain_errors
 def bootmae_bench(
-    sides:str=None, # Who trains, with commas: plain, ours, transformers, lightly (if not given), fit and fit_cached (the whole loop with image files)
+    sides:str=None, # Who trains, with commas: plain, ours, transformers, lightly (if not given), a row of bench.variants, e.g. transformers_tuned, fit (whole loop)
     method:str=None, # Methods, with commas; bootmae,mae if not given
     arch:str=None, # Plain ViTs of timm, with commas; vit_base_patch16_224 if not given
     precision:str=None, # fp32, bf16, fp16, with commas; the device's own and fp32 if not given

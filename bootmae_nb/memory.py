@@ -23,9 +23,23 @@ def _cheap(m, x, out):
 
 class _Again:
     "How to make a tensor that is not kept"
-    def __init__(self, m, x, shape): self.m,self.x,self.shape = m, x, shape
-    @torch.no_grad()
-    def __call__(self): return self.m.forward(self.x).view(self.shape)
+    def __init__(self, m, x):
+        self.m,self.x = m, x
+        self.seen = self._versions()
+    def _versions(self): return [o._version for o in (self.x, *self.m.parameters())]
+    def __call__(self, shape):
+        if self._versions() != self.seen: _refuse_changed(self.x)
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False): return self.m.forward(self.x).view(shape)
+
+def _refuse_changed(x):
+    raise RuntimeError(f"a tensor of shape {tuple(x.shape)} for the backward pass, or a weight, was changed in place after the forward pass: make a new tensor instead")
+
+def _unpacked(kept):
+    "What the backward pass needs; torch itself does not look for changes of what a hook has packed"
+    x,how = kept
+    if isinstance(x, _Again): return x(how)
+    if x._version != how: _refuse_changed(x)
+    return x
 
 @contextmanager
 def recomputed(
@@ -33,16 +47,17 @@ def recomputed(
 ):
     "Within this, outputs of LayerNorm and GELU are not kept for the backward pass but computed again in it, to the same bits"
     if not on: yield; return
-    made = {}                                       # memory address -> the output there, as long as it lives, and what made it
+    made = {}                                       # memory address -> the output there, as long as it lives, its version, and what made it
     def note(m, args, out):
-        if isinstance(out, torch.Tensor) and args and _cheap(m, args[0], out): made[out.data_ptr()] = weakref.ref(out), m, args[0].detach()
+        if isinstance(out, torch.Tensor) and args and _cheap(m, args[0], out): made[out.data_ptr()] = weakref.ref(out), out._version, _Again(m, args[0].detach())
     def pack(x):
-        ref,m,src = made.get(x.data_ptr()) or (None, None, None)
+        ref,version,again = made.get(x.data_ptr()) or (None, None, None)
         out = ref and ref()
-        return x if out is None or x.numel() != out.numel() or x.dtype != out.dtype or not x.is_contiguous() else _Again(m, src, x.shape)
+        is_it = out is not None and x.numel() == out.numel() and x.dtype == out.dtype and x.is_contiguous() and out._version == version
+        return (again, x.shape) if is_it else (x, x._version)
     handle = register_module_forward_hook(note)
     try:
-        with saved_tensors_hooks(pack, lambda o: o() if isinstance(o, _Again) else o): yield
+        with saved_tensors_hooks(pack, _unpacked): yield
     finally: handle.remove()
 
 # %% ../nbs/04a_memory.ipynb #cd3223f6

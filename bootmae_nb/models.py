@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .masking import make_mask
 from .memory import recomputed
 from .patches import mask_order, pair
-from .vit import Decoder, Encoder, as_encoder, compile_like, copy_encoder, init_weights, low_precision, make_encoder, own_seed
+from .vit import Decoder, Encoder, as_encoder, compile_like, copy_encoder, init_weights, is_compiled, low_precision, make_encoder, own_seed
 
 # %% ../nbs/06_models.ipynb #445c2851
 @dataclass(frozen=True)
@@ -352,9 +352,10 @@ def keep_activations(
     kind:str='auto', # 'keep', 'lean' or 'checkpoint'; 'auto' is 'lean' for models of more than ten million parameters whose blocks are not compiled, else 'keep'
 ) -> MaskedAutoencoder: # The same model
     "Choose what the forward pass keeps for the backward pass; the results are the same"
-    student = [model.encoder, *model.decoders.values()]
-    if kind == 'auto': kind = 'lean' if model.encoder.compiled is None and sum(p.numel() for m in student for p in m.parameters()) > 1e7 else 'keep'
+    student,compiled = [model.encoder, *model.decoders.values()], is_compiled(model.encoder)
+    if kind == 'auto': kind = 'lean' if not compiled and sum(p.numel() for m in student for p in m.parameters()) > 1e7 else 'keep'
     if kind not in activation_kinds: raise ValueError(f"activations={kind!r} is unknown: choose one of auto, {', '.join(activation_kinds)}")
+    if kind == 'lean' and compiled: raise ValueError("activations='lean' would trace compiled blocks anew in each step: choose keep or checkpoint")
     model.activations = kind
     for m in student: m.checkpointing = kind == 'checkpoint'
     return model

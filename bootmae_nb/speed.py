@@ -10,26 +10,30 @@ import time
 from statistics import median
 import torch
 import torch.nn.functional as F
-from .models import MaskedAutoencoder, attention_kinds
+from .models import MaskedAutoencoder, attention_kinds, keep_activations
 from .vit import Encoder
 
 # %% ../nbs/06a_speed.ipynb #437d7e19
-compile_modes = 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'
+compile_modes = 'default', 'max-autotune-no-cudagraphs'
+_with_graphs = 'reduce-overhead', 'max-autotune'
 
 def compile_blocks(
     model:MaskedAutoencoder, # Changed in place
-    mode:str|bool=True, # A mode of `torch.compile`; True = 'default'. 'reduce-overhead' records CUDA graphs, which pays for small models and batches
+    mode:str|bool=True, # A mode of `torch.compile` without CUDA graphs; True = 'default'
     **kw # Further arguments of `torch.compile`, e.g. `backend`
 ) -> MaskedAutoencoder: # The same model
     "Compile every block of student and teacher by itself, at its first use"
     mode = 'default' if mode is True else mode
-    if mode not in compile_modes: raise ValueError(f"compile mode {mode!r} is unknown: choose one of {', '.join(compile_modes)}")
+    if mode not in compile_modes:
+        why = 'records CUDA graphs, whose outputs do not last until another block or the loss needs them' if mode in _with_graphs else 'is unknown'
+        raise ValueError(f"compile mode {mode!r} {why}: choose one of {', '.join(compile_modes)}")
     kw = dict(dynamic=False, **({} if 'backend' in kw else dict(mode=mode))) | kw
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)       # all blocks share their code: widths, numbers of tokens, modes
     for m in (model.encoder, model.teacher, *model.decoders.values()):
         blocks = m.vit.blocks if type(m) is Encoder else getattr(m, 'blocks', ())
         for block in blocks: block.compile(**kw)
         if isinstance(m, Encoder): m.compiled = kw
+    if model.activations == 'lean': keep_activations(model, 'keep')                                # hooks and compiled code don't go together
     return model
 
 # %% ../nbs/06a_speed.ipynb #0cfce60a

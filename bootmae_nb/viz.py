@@ -12,6 +12,7 @@ __all__ = ['explanations', 'fit_image', 'model_input', 'to_stats', 'from_stats',
 
 # %% ../nbs/11_viz.ipynb #b85914fb
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib
@@ -28,7 +29,7 @@ from .masking import hide_highest, n_hidden, weight_map
 from .models import MaskedAutoencoder, evaluating, plain
 from .patches import denormalise, mask_order, pair, patch_stats, patchify, take, unpatchify
 from .targets import feature_prediction, feature_target, norm_feature
-from .vit import as_encoder
+from .vit import as_encoder, is_compiled
 
 # %% ../nbs/11_viz.ipynb #478e98c9
 def fit_image(
@@ -655,7 +656,7 @@ def attention_maps(
         raise ValueError(f"attention of a {type(enc.vit).__name__} is computed in another way than a plain vision transformer's: give a plain ViT of timm")
     handle = attn.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     try:
-        with evaluating(enc.vit):
+        with evaluating(enc.vit), torch.compiler.set_stance('force_eager') if is_compiled(enc) else nullcontext():      # compiled code knows no hook
             enc(x, keep=(block,))
             q,k,_ = _qkv(attn, seen[0])
             return (q.float()*attn.scale @ k.float().mT).softmax(-1)[0]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -165,6 +165,13 @@ def test_peers_do_the_same_work(peer):
 
 
 @peers
+def test_peers_can_have_our_optimiser_and_memory(peer):
+    load = quick_load('mae'); plain,tuned = (variants[o].side(load, 'fp32', cpu).prepare() for o in (peer, f'{peer}_tuned'))
+    assert not plain.opt.defaults['fused'] and tuned.opt.defaults['fused'] and math.isfinite(tuned.step(load.images()).item())
+    assert variants[peer].around is nullcontext and variants[f'{peer}_tuned'].around is variants['ours'].around
+
+
+@peers
 def test_peers_have_the_papers_sizes(peer):
     load = Workload('mae')
     with torch.device('meta'): ours = sum(p.numel() for p in mim_model('mae').parameters() if p.requires_grad)
@@ -255,6 +262,19 @@ def test_what_does_not_fit_or_fails_is_a_row(variant, monkeypatch):
     monkeypatch.setattr(bench, '_available', lambda device: 2**20)
     res = run_bench([quick_load('mae', batch=4096)], ['ours'], rounds=2, least=.001, quiet=True)
     assert res['status'] == 'complete' and 'GiB needed' in res['groups'][0]['entries']['ours/fp32']['status']
+
+
+def test_a_failure_names_no_files(variant, tmp_path):
+    text = f"g++ -I{tmp_path}/x.h '{tmp_path}/a b' {os.path.expanduser('~')}/q ~/w D:\\photos\\me at 3 images/s, see https://pytorch.org/docs"
+    class Fails(Ours):
+        def loss(self, x, part=None): raise RuntimeError(text)
+    variant('fails', Fails, 'fails')
+    file,told = tmp_path/'b.json', []
+    run_bench([quick_load('mae')], ['fails', 'ours'], rounds=1, least=.001, out=file, quiet=True)
+    status = json.loads(file.read_text())['groups'][0]['entries']['fails/fp32']['status']
+    assert status == "failed: RuntimeError: g++ -I… '… b' … … … at 3 images/s, see https://pytorch.org/docs"
+    contest = Contest(quick_load('mae'), [Entry('fails')], cpu, .001, tell=told.append); contest.begin()
+    assert str(tmp_path) in told[-1], 'whoever measures sees it all'
 
 
 def test_sides_that_do_not_fit_together_are_built_in_turn(monkeypatch):

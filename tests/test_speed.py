@@ -23,6 +23,7 @@ from bootmae_nb.patches import mask_order, take
 from bootmae_nb.speed import attention_times, choose_attention, compile_blocks
 from bootmae_nb.targets import ema_update
 from bootmae_nb.vit import as_encoder, low_precision, make_encoder, tokens_after, zero_key_bias_grads
+from bootmae_nb.viz import attention_maps
 
 methods = 'bootmae', 'mae', 'dbot'
 sizes = dict(arch='vit_tiny_patch16_224', img_size=(32, 48), patch_size=8, width=48, depth=3, heads=3)
@@ -111,11 +112,41 @@ def test_a_second_backward_pass_and_no_gradients_work():
     assert not torch.nn.modules.module._global_forward_hooks
 
 
+def test_what_is_changed_in_place_is_not_computed_again():
+    "An output that was changed is kept as it is; an input, a weight or a kept tensor that is changed before the backward pass is refused, as torch does without hooks"
+    norm,w,x = nn.LayerNorm(8), torch.randn(8, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    def f(lean):
+        with recomputed(lean): y = (norm(x).add_(1) @ w).sum()
+        return torch.autograd.grad(y, w)[0]
+    assert torch.equal(f(True), f(False))
+    def changed(f, *what):
+        with recomputed(): y = f().sum()
+        with torch.no_grad():
+            for o in what: o.mul_(2)
+        with pytest.raises(RuntimeError, match='was changed in place'): y.backward()
+    h,data = x*1, torch.randn(4, 8)
+    changed(lambda: norm(h) @ w, h)
+    changed(lambda: norm(x) @ w, norm.weight)
+    changed(lambda: data @ w, data)
+
+
+def test_autocast_of_the_backward_pass_does_not_matter(monkeypatch):
+    "On a GPU autocast makes LayerNorm give float32, whatever it is given"
+    seen,real = [], nn.LayerNorm.forward
+    monkeypatch.setattr(nn.LayerNorm, 'forward', lambda self, x: (seen.append(torch.is_autocast_enabled('cpu')), real(self, x))[1])
+    net,x = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).bfloat16(), torch.randn(4, 8).bfloat16()
+    with recomputed(): y = net(x).sum()
+    with bf16(): y.backward()
+    assert seen == [False, False]
+
+
 def test_auto_is_for_large_models_that_are_not_compiled():
     assert keep_activations(model_of()).activations == 'keep'
     with torch.device('meta'): large = mim_model('bootmae', 'vit_small_patch16_224')
     assert keep_activations(large).activations == 'lean'
-    assert keep_activations(compile_blocks(large)).activations == 'keep'
+    assert compile_blocks(large).activations == keep_activations(large).activations == 'keep'
+    with pytest.raises(ValueError, match='trace compiled blocks anew in each step: choose keep or checkpoint'): keep_activations(large, 'lean')
+    assert keep_activations(copy.deepcopy(large)).activations == 'lean', 'a copy is not compiled'
     with pytest.raises(ValueError, match="activations='all' is unknown: choose one of auto, keep"): keep_activations(large, 'all')
 
 
@@ -176,13 +207,26 @@ def test_the_copy_in_half_precision_follows_every_change():
     assert same() and not torch.equal(both()[0], before)
     model.load_state_dict({k: v + .01 if v.is_floating_point() else v for k,v in model.state_dict().items()}); assert same()
     model.to(torch.float64).to(torch.float32); assert same()
-    next(model.teacher.vit.blocks[0].attn.qkv.parameters()).data.mul_(1)
+    for p in model.teacher.parameters(): p.data.mul_(1.5)
+    assert same(), 'an edit that torch does not count'
+    model.teacher.vit.blocks[0].norm1.weight = nn.Parameter(torch.randn_like(model.teacher.vit.blocks[0].norm1.weight), requires_grad=False); assert same()
     model.teacher.vit.blocks[1].mlp.fc1.weight = nn.Parameter(torch.randn_like(model.teacher.vit.blocks[1].mlp.fc1.weight), requires_grad=False); assert same()
     other = pickle.loads(pickle.dumps(model))
     assert torch.equal(other.teacher(images)[-1], model.teacher(images)[-1])
     n = len(vit._low)
     del model, both, same; gc.collect()
     assert len(vit._low) < n                                   # nothing is kept of a model that is gone
+
+
+def test_the_copy_in_half_precision_outlives_inference_mode():
+    with torch.inference_mode(): other = model_of()
+    model = model_of()
+    images,_ = batch(model)
+    with bf16():
+        with torch.inference_mode(): model.teacher_features(images)
+        ema_update(model.teacher, model_of(seed=1).encoder, .5)
+        assert torch.equal(model.teacher_features(images), copy.deepcopy(model).teacher_features(images))
+        assert other.teacher_features(images).isfinite().all()
 
 
 def test_bf16_gradients_point_where_float32_does():
@@ -217,8 +261,9 @@ def test_attention_is_measured_and_chosen(monkeypatch):
 def test_compiled_blocks_agree_and_new_masks_need_no_new_graph(method):
     torch._dynamo.reset()
     plain,quick = model_of(method), compile_blocks(model_of(method), backend='aot_eager')
-    for i in range(4):
+    for i in range(5):
         data = batch(plain, seed=i)
+        if i == 4: keep_activations(quick, 'checkpoint')
         with torch.compiler.set_stance('fail_on_recompile' if i else 'default'): assert_close(step(quick, *data), step(plain, *data))
     with torch.no_grad():
         outs = plain.eval()(*data, all_tokens=True).values(), quick.eval()(*data, all_tokens=True).values()
@@ -236,6 +281,15 @@ def test_a_compiled_model_is_saved_copied_and_staged():
     assert quick.teacher.vit.blocks[0]._compiled_call_impl is not None
     with torch.no_grad(), bf16(): assert low_precision(quick.teacher, 'cpu').vit.blocks[0]._compiled_call_impl is not None
     with pytest.raises(ValueError, match="compile mode 'fast' is unknown: choose one of default"): compile_blocks(quick, 'fast')
+    for mode in 'reduce-overhead', 'max-autotune':
+        with pytest.raises(ValueError, match='records CUDA graphs, whose outputs do not last'): compile_blocks(quick, mode)
+
+
+def test_attention_of_a_compiled_model_can_be_looked_at():
+    model,quick = model_of().eval(), compile_blocks(model_of().eval(), backend='aot_eager')
+    images,_ = batch(model)
+    with torch.no_grad(): quick.encoder(images[:1])
+    for i in 0, 1: torch.testing.assert_close(attention_maps(quick, images[i]), attention_maps(model, images[i]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
