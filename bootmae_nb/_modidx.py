@@ -945,6 +945,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'bootmae_nb.learner.DecayGroups.before_fit': ( 'learner.html#decaygroups.before_fit',
                                                                                    'bootmae_nb/learner.py'),
                                     'bootmae_nb.learner.MimLearner': ('learner.html#mimlearner', 'bootmae_nb/learner.py'),
+                                    'bootmae_nb.learner.MimLearner._device': ('learner.html#mimlearner._device', 'bootmae_nb/learner.py'),
                                     'bootmae_nb.learner.MimLearner._do_fit': ('learner.html#mimlearner._do_fit', 'bootmae_nb/learner.py'),
                                     'bootmae_nb.learner.MimLearner._one_batch': ( 'learner.html#mimlearner._one_batch',
                                                                                   'bootmae_nb/learner.py'),

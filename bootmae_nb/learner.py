@@ -71,8 +71,12 @@ class MimLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "As fastai's, but epochs before `start_epoch` do not take place at all"
         self.first_epoch,self.first_batch = self.pending.epoch if self.pending else start_epoch, 0
-        on_cpu = next(self.model.parameters()).device.type == 'cpu'
-        with self.added_cbs(cbs), self._tidy_on_error(), reused(on_cpu), self._reading(): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
+        with self.added_cbs(cbs), self._tidy_on_error(), reused(self._device().type == 'cpu'), self._reading(): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
+
+    def _device(self):
+        "Where a fit trains: that of the loaders, to which fastai moves the model only when the fit has begun"
+        device = getattr(self.dls, 'device', None)
+        return next(self.model.parameters()).device if device is None else torch.device(device)
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -82,7 +86,7 @@ class MimLearner(Learner):
     @contextmanager
     def _reading(self):
         "Within a fit that trains for good, losses and flags wait on the device and are read now and then"
-        n = self.read_every or (50 if next(self.model.parameters()).is_cuda else 1)
+        n = self.read_every or (50 if self._device().type == 'cuda' else 1)
         r = self.readings = Readings(n) if n > 1 and is_fit(self) else None
         try:
             yield

@@ -152,8 +152,8 @@ def test_validation_reads_at_its_end():
 @pytest.mark.parametrize('kw', [dict(), dict(method='mae', clip=1.), dict(method='dbot', precision='bf16')])
 def test_cuda_waits_in_no_step_but_every_so_many(kw):
     learn = prepared(None, dict(images=[3], gradient=[5]), bs=2, **kw)
-    learn.dls.to('cuda'); learn.model.cuda()
-    assert learn.read_every is None
+    learn.dls.to('cuda')                               # the model follows when the fit has begun
+    if 'precision' in kw: learn.to_fp32().to_bf16()
     step = learn.one_batch
     def watched(i, b):
         torch.cuda.set_sync_debug_mode('error' if learn.training and i > 1 else 'default')
@@ -163,7 +163,17 @@ def test_cuda_waits_in_no_step_but_every_so_many(kw):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         quietly(learn, 'fit', 1, 1e-3)
-    assert [o['batch'] for o in learn.finite_guard.skips] == [3, 5] and all(v.isfinite().all() for v in learn.model.state_dict().values())
+    assert learn.finite_guard.late and [o['batch'] for o in learn.finite_guard.skips] == [3, 5] and all(v.isfinite().all() for v in learn.model.state_dict().values())
+
+
+def test_the_first_fit_on_a_gpu_waits_too(monkeypatch):
+    "It begins with the model on the CPU, and fastai moves it to the loaders' device"
+    learn,made = learner(), []
+    monkeypatch.setattr('bootmae_nb.learner.Readings', lambda every: made.append(every))
+    for device in ('cuda', torch.device('cuda', 0), 'cpu'):
+        learn.dls._device = device; learn.fit_call = {}
+        with learn._reading(): pass
+    assert made == [50, 50] and next(learn.model.parameters()).device.type == 'cpu'
 
 
 def test_who_asks_in_a_step_gets_what_is_true_then():
