@@ -65,7 +65,7 @@ class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
     first_epoch,first_batch,fit_call = 0, 0, None         # where the present fit begins; the verb and the arguments that it was called with
     pending = None                                          # the state of a run that the next fit goes on with
-    read_every = None                                       # steps between two readings of what waits on the device; `None` = 50 on a GPU, 1 elsewhere
+    read_every = None                                       # steps between two readings of what waits on the device; `None` = 50 on an NVIDIA GPU, 1 on a CPU; elsewhere always 1
     readings = left_out = no_step = None                    # what waits, in a fit; and on the device, whether the present batch is left out and its step not made
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
@@ -86,7 +86,7 @@ class MimLearner(Learner):
     @contextmanager
     def _reading(self):
         "Within a fit that trains for good, losses and flags wait on the device and are read now and then"
-        n = self.read_every or (50 if self._device().type == 'cuda' else 1)
+        n = dict(cuda=self.read_every or 50, cpu=self.read_every or 1).get(self._device().type, 1)        # elsewhere a fused AdamW may take no notice of flags
         r = self.readings = Readings(n) if n > 1 and is_fit(self) else None
         try:
             yield
@@ -228,7 +228,7 @@ def mim_learner(
     activations:str='auto', # What is kept for the backward pass: 'keep', 'lean', 'checkpoint' or 'auto', see `keep_activations`
     clip:float|None=None, # Largest norm of the gradients; `None` = no clipping
     guard:bool=True, # Skip and name what is not finite, and warn when features collapse, see `guards`
-    read_every:int|None=None, # Steps after which losses and the guard's flags are read from the device, see `readings`; `None` = 50 on a GPU, 1 elsewhere
+    read_every:int|None=None, # Steps after which losses and the guard's flags are read from the device, see `readings`; `None` = 50 on an NVIDIA GPU, 1 on a CPU; elsewhere always 1
     cbs=None, # Further callbacks
     metrics=None, # Further metrics
     path:str|Path|None=None, # Where `save` and `export` write; `None` = that of `dls`

@@ -168,12 +168,12 @@ def test_cuda_waits_in_no_step_but_every_so_many(kw):
 
 def test_the_first_fit_on_a_gpu_waits_too(monkeypatch):
     "It begins with the model on the CPU, and fastai moves it to the loaders' device"
-    learn,made = learner(), []
+    learn,made = learner(), []                           # on MPS fused AdamW knows no flags, see torch's `FusedAdamWKernelImpl.mm`
     monkeypatch.setattr('bootmae_nb.learner.Readings', lambda every: made.append(every))
-    for device in ('cuda', torch.device('cuda', 0), 'cpu'):
-        learn.dls._device = device; learn.fit_call = {}
+    for device,n in ('cuda', None), (torch.device('cuda', 0), None), ('cuda', 7), ('cpu', None), ('cpu', 4), ('mps', None), ('mps', 50):
+        learn.dls._device,learn.read_every,learn.fit_call = device, n, {}
         with learn._reading(): pass
-    assert made == [50, 50] and next(learn.model.parameters()).device.type == 'cpu'
+    assert made == [50, 50, 7, 4] and next(learn.model.parameters()).device.type == 'cpu'
 
 
 def test_who_asks_in_a_step_gets_what_is_true_then():
