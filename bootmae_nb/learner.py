@@ -34,7 +34,7 @@ from .guards import CollapseAlarm, FiniteGuard
 from .masking import make_mask
 from .memory import reused
 from .models import MaskedAutoencoder, Method, evaluating, get_method, keep_activations, mim_model, plain, teach_self
-from .readings import LateRecorder, Readings
+from .readings import LateRecorder, Readings, read_before
 from .speed import compile_blocks
 from .vit import make_encoder, own_seed
 from .viz import contact_sheet, fill_patches, from_stats, mask_for, model_input, reconstruction_parts, reconstruction_sheet, to_pil
@@ -65,7 +65,8 @@ class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
     first_epoch,first_batch,fit_call = 0, 0, None         # where the present fit begins; the verb and the arguments that it was called with
     pending = None                                          # the state of a run that the next fit goes on with
-    read_every = None                                       # steps between two readings of what waits on the device; `None` = 50 on an NVIDIA GPU, 1 on a CPU; elsewhere always 1
+    read_every = None                                       # steps between two readings of what waits on the device; `None` = 50 on CUDA, else 1
+    smooth_loss = read_before('smooth_loss')                # what fastai's recorder leaves for others to look at
     readings = left_out = no_step = None                    # what waits, in a fit; and on the device, whether the present batch is left out and its step not made
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
@@ -93,6 +94,7 @@ class MimLearner(Learner):
             if r is not None: r.check()
         finally:
             self.readings = self.left_out = self.no_step = None
+            if hasattr(self, 'progress'): vars(self.progress).pop('smooth_loss', None)
             if r is not None and r.error is not None: warnings.warn(str(r.error), stacklevel=2)      # another exception ends the fit
             if getattr(getattr(self.opt, 'opt', None), 'found_inf', None) is not None: self.opt.opt.found_inf = None
 
@@ -228,7 +230,7 @@ def mim_learner(
     activations:str='auto', # What is kept for the backward pass: 'keep', 'lean', 'checkpoint' or 'auto', see `keep_activations`
     clip:float|None=None, # Largest norm of the gradients; `None` = no clipping
     guard:bool=True, # Skip and name what is not finite, and warn when features collapse, see `guards`
-    read_every:int|None=None, # Steps after which losses and the guard's flags are read from the device, see `readings`; `None` = 50 on an NVIDIA GPU, 1 on a CPU; elsewhere always 1
+    read_every:int|None=None, # Steps after which losses and the guard's flags are read from the device, see `readings`; `None` = 50 on CUDA, else 1
     cbs=None, # Further callbacks
     metrics=None, # Further metrics
     path:str|Path|None=None, # Where `save` and `export` write; `None` = that of `dls`

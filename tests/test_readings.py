@@ -18,6 +18,7 @@ from common import equal, quietly, state
 from test_distributed import numbered_learner, shared, together
 from test_guards import learner
 from bootmae_nb.guards import NonFiniteError
+from bootmae_nb.readings import Readings
 from bootmae_nb.runs import RunState, find_state
 
 
@@ -186,6 +187,33 @@ def test_who_asks_in_a_step_gets_what_is_true_then():
         seen[n] = []
         learn,_ = fitted(n, dict(images=[2], gradient=[3]), cbs=[Ask()], epochs=1)
     assert seen[1] == seen[5] and len(seen[1]) == 6
+
+
+def test_a_callback_that_logs_each_step_gets_the_loss_of_each_step():
+    "As those for W&B, Comet and TensorBoard: they take it from the learner, from the first step on"
+    seen = {}
+    class Log(Callback):
+        order = 51
+        def after_batch(self):
+            if self.training: seen[n].append(float(self.smooth_loss))
+    for n in (1, 5):
+        seen[n] = []
+        fitted(n, dict(images=[2], gradient=[3]), cbs=[Log()])
+    assert seen[1] == seen[5] and len(seen[1]) == 12
+
+
+def test_the_progress_bar_shows_what_was_read_last_and_does_not_ask(monkeypatch):
+    learn,asked,shown,read = prepared(4), [], [], Readings.read
+    monkeypatch.setattr(Readings, 'read', lambda self: (asked.append(learn.train_iter) if self.waiting else None, read(self))[1])
+    class Look(Callback):
+        order = 61
+        def after_batch(self):
+            if self.training: shown.append(self.learn.progress.pbar.comment)
+    learn.fit(2, 1e-3, cbs=Look())
+    assert asked == [1, 4, 6, 6, 8, 12, 12]                        # step 1, every fourth, and the end of training and validation
+    assert shown == [f'{learn.recorder.losses[i]:.4f}' for i in (0, 0, 0, 0, 3, 3, 5, 5, 7, 7, 7, 7)]
+    learn.read_every = 1; shown.clear(); learn.fit(1, 1e-3, cbs=Look())
+    assert shown == [f'{o:.4f}' for o in learn.recorder.losses]
 
 
 # where waiting is not possible
