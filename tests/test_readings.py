@@ -218,10 +218,15 @@ def test_the_progress_bar_shows_what_was_read_last_and_does_not_ask(monkeypatch)
 
 # where waiting is not possible
 
+class OwnAdamW(torch.optim.AdamW):
+    "One whose step pays no heed to flags"
+    def step(self, closure=None): self.found_inf = None; return super().step(closure)
+
+
 @pytest.mark.parametrize('kw', [dict(cbs=[GradientAccumulation(8)]), dict(opt=partial(OptimWrapper, opt=torch.optim.AdamW)), dict(opt=SGD),
-                                dict(opt=partial(OptimWrapper, opt=partial(torch.optim.SGD, fused=True, momentum=.9))),
+                                dict(opt=partial(OptimWrapper, opt=partial(torch.optim.SGD, fused=True, momentum=.9))), dict(opt=partial(OptimWrapper, opt=partial(OwnAdamW, fused=True))),
                                 dict(metric=[AvgMetric(lambda *_: torch.tensor(1.))]), dict(recorder=Recorder())],
-                         ids=['accumulation', 'not fused', "fastai's", "another's", 'metric', 'recorder'])
+                         ids=['accumulation', 'not fused', "fastai's", "another's", "one's own", 'metric', 'recorder'])
 def test_where_a_decision_cannot_wait_it_does_not(kw):
     def run(n):
         learn = prepared(n, dict(images=[3], gradient=[4]), cbs=kw.get('cbs', ()), metrics='metric' in kw)
