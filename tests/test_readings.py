@@ -224,7 +224,8 @@ class OwnAdamW(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize('kw', [dict(cbs=[GradientAccumulation(8)]), dict(opt=partial(OptimWrapper, opt=torch.optim.AdamW)), dict(opt=SGD),
-                                dict(opt=partial(OptimWrapper, opt=partial(torch.optim.SGD, fused=True, momentum=.9))), dict(opt=partial(OptimWrapper, opt=partial(OwnAdamW, fused=True))),
+                                dict(opt=partial(OptimWrapper, opt=partial(torch.optim.SGD, fused=True, momentum=.9))),
+                                dict(opt=partial(OptimWrapper, opt=partial(OwnAdamW, fused=True))),
                                 dict(metric=[AvgMetric(lambda *_: torch.tensor(1.))]), dict(recorder=Recorder())],
                          ids=['accumulation', 'not fused', "fastai's", "another's", "one's own", 'metric', 'recorder'])
 def test_where_a_decision_cannot_wait_it_does_not(kw):
