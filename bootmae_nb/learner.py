@@ -432,6 +432,7 @@ def load(self:MimLearner,
     wrong = misfit(_as_loaded(model, state), state) if strict else ''
     if wrong: raise CheckpointError(f"{path} does not fit this {model.method.name} model: {wrong}. Nothing was loaded")
     if misfit(model.state_dict(), state) and strict and teach_self(model): self.opt = None      # the new head needs a new optimiser
+    self.model.to(self._device())                           # where torch then puts the state of the optimiser as well
     return Learner.load(self, file, device=device, with_opt=with_opt, strict=strict, **kwargs | dict(weights_only=True))
 
 def _as_loaded(model, state):
