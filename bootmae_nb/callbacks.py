@@ -281,9 +281,13 @@ class CPUBFloat16(Callback):
 class DataWait(Callback):
     "Measure the share of the training time that passed in waiting for the next batch; asks nothing of the device"
     order,run_valid = 99,False
-    shares,waited,took = (), 0., 0.                     # of each epoch; seconds of all epochs
-    def before_fit(self): self.shares,self.waited,self.took = [], 0., 0.
-    def before_train(self): self.marks = self.start = self._now()
+    shares,waited,took,fresh = (), 0., 0., True         # of each epoch; seconds of all epochs; whether a fit has begun
+    def before_fit(self): self.fresh = True
+    def before_train(self):
+        "Counts begin with training, so that a later `validate` does not wipe them out"
+        if self.fresh: self.shares,self.waited,self.took,self.fresh = [], 0., 0., False
+        self.marks = self.start = self._now()
+
     def after_batch(self):
         if not self.training: return
         now = self._now()

@@ -191,7 +191,7 @@ def _can_wait(learn):
     opt,rec = learn.opt.opt, getattr(learn, 'recorder', None)
     asks = any(o.amp_mode == AMPMode.FP16 for o in learn._grab_cbs(MixedPrecision)) or learn._grab_cbs((GradientAccumulation, NonNativeMixedPrecision))
     looks = rec is not None and (not isinstance(rec, LateRecorder) or rec.train_metrics and not all(hasattr(m, 'take') for m in learn.metrics))
-    return isinstance(opt, torch.optim.Adam) and all(g['fused'] for g in opt.param_groups) and not (asks or looks)
+    return type(opt) in (torch.optim.Adam, torch.optim.AdamW) and all(g['fused'] for g in opt.param_groups) and not (asks or looks)
 
 @patch
 def _judge_later(self:FiniteGuard, flags):

@@ -34,7 +34,7 @@ from .guards import CollapseAlarm, FiniteGuard
 from .masking import make_mask
 from .memory import reused
 from .models import MaskedAutoencoder, Method, evaluating, get_method, keep_activations, mim_model, plain, teach_self
-from .readings import LateRecorder, Readings
+from .readings import LateRecorder, Readings, read_before
 from .speed import compile_blocks
 from .vit import make_encoder, own_seed
 from .viz import contact_sheet, fill_patches, from_stats, mask_for, model_input, reconstruction_parts, reconstruction_sheet, to_pil
@@ -65,14 +65,19 @@ class MimLearner(Learner):
     "A fastai `Learner` for masked pretraining, whose training steps draw their random numbers (drop path) from seed, epoch, step and process"
     first_epoch,first_batch,fit_call = 0, 0, None         # where the present fit begins; the verb and the arguments that it was called with
     pending = None                                          # the state of a run that the next fit goes on with
-    read_every = None                                       # steps between two readings of what waits on the device; `None` = 50 on a GPU, 1 elsewhere
+    read_every = None                                       # steps between two readings of what waits on the device; `None` = 50 on CUDA, else 1
+    smooth_loss = read_before('smooth_loss')                # what fastai's recorder leaves for others to look at
     readings = left_out = no_step = None                    # what waits, in a fit; and on the device, whether the present batch is left out and its step not made
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "As fastai's, but epochs before `start_epoch` do not take place at all"
         self.first_epoch,self.first_batch = self.pending.epoch if self.pending else start_epoch, 0
-        on_cpu = next(self.model.parameters()).device.type == 'cpu'
-        with self.added_cbs(cbs), self._tidy_on_error(), reused(on_cpu), self._reading(): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
+        with self.added_cbs(cbs), self._tidy_on_error(), reused(self._device().type == 'cpu'), self._reading(): super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
+
+    def _device(self):
+        "Where a fit trains: that of the loaders, to which fastai moves the model only when the fit has begun"
+        device = getattr(self.dls, 'device', None)
+        return next(self.model.parameters()).device if device is None else torch.device(device)
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -82,13 +87,14 @@ class MimLearner(Learner):
     @contextmanager
     def _reading(self):
         "Within a fit that trains for good, losses and flags wait on the device and are read now and then"
-        n = self.read_every or (50 if next(self.model.parameters()).is_cuda else 1)
+        n = dict(cuda=self.read_every or 50, cpu=self.read_every or 1).get(self._device().type, 1)        # elsewhere a fused AdamW may take no notice of flags
         r = self.readings = Readings(n) if n > 1 and is_fit(self) else None
         try:
             yield
             if r is not None: r.check()
         finally:
             self.readings = self.left_out = self.no_step = None
+            if hasattr(self, 'progress'): vars(self.progress).pop('smooth_loss', None)
             if r is not None and r.error is not None: warnings.warn(str(r.error), stacklevel=2)      # another exception ends the fit
             if getattr(getattr(self.opt, 'opt', None), 'found_inf', None) is not None: self.opt.opt.found_inf = None
 
@@ -224,7 +230,7 @@ def mim_learner(
     activations:str='auto', # What is kept for the backward pass: 'keep', 'lean', 'checkpoint' or 'auto', see `keep_activations`
     clip:float|None=None, # Largest norm of the gradients; `None` = no clipping
     guard:bool=True, # Skip and name what is not finite, and warn when features collapse, see `guards`
-    read_every:int|None=None, # Steps after which losses and the guard's flags are read from the device, see `readings`; `None` = 50 on a GPU, 1 elsewhere
+    read_every:int|None=None, # Steps after which losses and the guard's flags are read from the device, see `readings`; `None` = 50 on CUDA, else 1
     cbs=None, # Further callbacks
     metrics=None, # Further metrics
     path:str|Path|None=None, # Where `save` and `export` write; `None` = that of `dls`
@@ -426,6 +432,7 @@ def load(self:MimLearner,
     wrong = misfit(_as_loaded(model, state), state) if strict else ''
     if wrong: raise CheckpointError(f"{path} does not fit this {model.method.name} model: {wrong}. Nothing was loaded")
     if misfit(model.state_dict(), state) and strict and teach_self(model): self.opt = None      # the new head needs a new optimiser
+    self.model.to(self._device())                           # where torch then puts the state of the optimiser as well
     return Learner.load(self, file, device=device, with_opt=with_opt, strict=strict, **kwargs | dict(weights_only=True))
 
 def _as_loaded(model, state):

@@ -9,7 +9,7 @@ __all__ = ['mask_kinds', 'PatchMask', 'n_hidden', 'RandomMask', 'hide_highest', 
 # %% ../nbs/04_masking.ipynb #7e8ac9c4
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -231,8 +231,13 @@ class NoiseMask:
         "A batch of masks from filtered noise"
         grid = pair(grid, 'grid'); n = self.n_hidden(grid)
         noise = _rand(generator, device, bs, *grid)
-        keep = noise_filter(self.band, self.sigma, grid).clamp(min=1e-4).to(noise.device)
+        keep = _filter_on(noise.device, self.band, _noise_sigma(self.band, self.sigma), grid)
         return hide_highest(torch.fft.irfft2(torch.fft.rfft2(noise)*keep, s=grid).flatten(1), n)
+
+@lru_cache(64)
+def _filter_on(device, *args):
+    "A filter on a device, made once: a copy to a GPU in each batch would wait for what it is doing"
+    return noise_filter(*args).clamp(min=1e-4).to(device)
 
 # %% ../nbs/04_masking.ipynb #163efe13
 class FixedMask:
@@ -240,7 +245,7 @@ class FixedMask:
     def __init__(self,
         hidden, # Boolean map `(rows, columns)`, `True` = hidden, as a tensor, an array or nested lists
     ):
-        self.hidden = torch.as_tensor(hidden).bool()
+        self.hidden = torch.as_tensor(hidden).bool().cpu()
         if self.hidden.ndim != 2:
             raise ValueError(f"a mask by hand has the shape (rows, columns) of the patch grid; got {tuple(self.hidden.shape)}")
         n = int(self.hidden.sum())
@@ -262,7 +267,7 @@ class FixedMask:
         device=None, # Device of the mask
     ) -> Tensor: # `(bs, L)`, boolean
         "The mask, once per image"
-        return self._on(grid).flatten().to(device).repeat(bs, 1)
+        return self._on(grid).flatten().to(device, non_blocking=device is not None and torch.device(device).type == 'cuda').repeat(bs, 1)
 
 # %% ../nbs/04_masking.ipynb #b24b329c
 mask_kinds = dict(block=BlockMask, random=RandomMask, grid=GridMask, **{f'{o}_noise': partial(NoiseMask, band=o) for o in _noise_sigmas})

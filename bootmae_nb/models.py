@@ -12,7 +12,7 @@ __all__ = ['methods', 'attention_kinds', 'activation_kinds', 'ablation_table', '
 import copy, difflib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 import timm, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -198,10 +198,15 @@ class MaskedAutoencoder(nn.Module):
         "Images in the statistics and the size of an external teacher"
         about = self.config.get('teacher') or {}
         if about.get('mean') and (tuple(about['mean']), tuple(about['std'])) != (self.method.mean, self.method.std):
-            stat = lambda x: torch.tensor(x, device=images.device, dtype=images.dtype)[:, None, None]
+            stat = lambda x: _per_channel(tuple(x), images.device, images.dtype)
             images = (images*stat(self.method.std) + stat(self.method.mean) - stat(about['mean']))/stat(about['std'])
         if tuple(images.shape[-2:]) != self.teacher.img_size: images = F.interpolate(images, self.teacher.img_size, mode='bicubic', antialias=True)
         return images
+
+@lru_cache(64)
+def _per_channel(values, device, dtype):
+    "Numbers `(C, 1, 1)` on a device, made once: a copy to a GPU in each batch would wait for what it is doing"
+    return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
 
 # %% ../nbs/06_models.ipynb #eab2a804
 def plain(

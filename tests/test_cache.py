@@ -534,6 +534,8 @@ def test_the_share_of_waiting_is_measured(folder):
     quietly(learn, 'fit', 2, 1e-3)
     assert len(wait.shares) == 2 and 0 < wait.share < .7 and wait.took > .2 and learn.recorder.metric_names[-2] == 'data_wait'
     assert learn.recorder.values[-1][-1] == wait.shares[-1]
+    share = wait.share; quietly(learn, 'validate')
+    assert wait.share == share
     learn.dls.train.create_item = lambda s, real=learn.dls.train.create_item: (time.sleep(.05), real(s))[1]
     quietly(learn, 'fit', 1, 1e-3)
     assert wait.share > .7 and len(wait.shares) == 1

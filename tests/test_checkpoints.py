@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bootmae_nb.checkpoints import (CheckpointError, authors_to_ours, from_authors, from_timm, guess_layout, load_model, load_teacher, load_weights, misfit, read_file,
                                     save_model, to_authors, to_timm)
@@ -132,6 +133,15 @@ def test_statistics_of_a_teacher_for_other_channels_and_by_hand():
         with pytest.raises(ValueError, match='give both'): set_teacher(made('dbot'), enc, **kw)
     model = set_teacher(made('dbot'), timm_model(3), mean=(.4,)*3)
     assert model.config['teacher']['mean'] == [.4]*3 and model.config['teacher']['std'] == [.5]*3
+    class Made(TorchDispatchMode):
+        "Tensors from Python's numbers, each of which a GPU would have to be waited for"
+        n = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None): self.n += 'lift_fresh' in func.name(); return func(*args, **kwargs or {})
+    x,(mean,std) = torch.rand(2, 3, 32, 32), (torch.tensor(o)[:, None, None] for o in (model.method.mean, model.method.std))
+    first = model.teacher_features(x)
+    with Made() as seen: assert torch.equal(model.teacher_features(x), first)
+    assert not seen.n
+    assert torch.allclose(model._for_teacher(x), (x*std + mean - .4)/.5)
     with pytest.raises(ValueError, match='nothing to teach'): made('mae', teacher=enc)
 
 

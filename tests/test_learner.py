@@ -312,6 +312,18 @@ def test_mixed_precision_on_a_gpu():
 
 # files
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
+def test_a_state_that_a_new_learner_loads_is_trained_on_where_the_loaders_are(device, tmp_path, monkeypatch):
+    "fastai moves the model at the beginning of a fit: the optimiser's state would stay behind"
+    made,moved = [photos_learner(path=tmp_path) for _ in range(2)], []
+    for learn in made: learn.dls.to(device)
+    quietly(made[0], 'fit', 1, 1e-3); made[0].save('good')
+    monkeypatch.setattr(made[1].model, 'to', lambda d, real=made[1].model.to: (moved.append(str(d)), real(d))[1])
+    made[1].load('good'); assert moved == [device]
+    for learn in made: quietly(learn, 'fit', 1, 1e-3)
+    assert {v.device.type for s in made[1].opt.opt.state.values() for v in s.values()} == {device}
+
+
 @pytest.mark.parametrize('damage', ['cut', 'flipped', 'shape', 'renamed', 'hostile'])
 def test_load_is_all_or_nothing(damage, tmp_path):
     "A damaged, misfitting or hostile file: one plain error that names it, and nothing changed in model and optimiser"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from bootmae_nb.masking import BlockMask, GridMask, NoiseMask, RandomMask, block_mask, make_mask, mask_kinds, n_hidden, noise_filter
+from bootmae_nb import masking
+from bootmae_nb.masking import BlockMask, FixedMask, GridMask, NoiseMask, RandomMask, block_mask, make_mask, mask_kinds, n_hidden, noise_filter
 from bootmae_nb.models import mim_model
 
 bands = 'low', 'band', 'high', 'stop'
@@ -177,8 +178,21 @@ def test_unknown_kind_lists_all_kinds():
     assert NoiseMask(sigma=[1, 2]).sigma == (1, 2) and repr(make_mask('high_noise')) == "NoiseMask(ratio=0.75, band='high', sigma=0.5)"
 
 
+def test_a_filter_is_made_once(monkeypatch):
+    made,own = [], masking.noise_filter
+    monkeypatch.setattr(masking, 'noise_filter', lambda *args: (made.append(args), own(*args))[1])
+    for sigma in (1.234, 1.234, 1.235):
+        for grid in (6, (6, 6), 7): NoiseMask(band='low', sigma=sigma)(2, grid, torch.Generator().manual_seed(0))
+    assert made == [('low', s, (n, n)) for s in (1.234, 1.235) for n in (6, 7)]
+    m = NoiseMask(); m.sigma = [.7, 1.3]; assert m(2, 6).sum() == 54                # a list is as good as a tuple
+
+
 @pytest.mark.cuda
 def test_masks_on_a_gpu():
-    for m in map(make_mask, mask_kinds):
+    for m in (*map(make_mask, mask_kinds), FixedMask(torch.arange(196).reshape(14, 14) > 99), FixedMask(torch.arange(196, device='cuda').reshape(14, 14) > 99)):
         mask = m(64, 14, torch.Generator('cuda').manual_seed(0), 'cuda')
         assert mask.device.type == 'cuda' and (mask.sum(1) == m.n_hidden(14)).all()
+        torch.cuda.set_sync_debug_mode('error')                                 # nothing waits for the device but what is done once
+        try: again = m(64, 14, torch.Generator('cuda').manual_seed(0), 'cuda')
+        finally: torch.cuda.set_sync_debug_mode('default')
+        assert torch.equal(mask, again)

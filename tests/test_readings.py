@@ -18,6 +18,7 @@ from common import equal, quietly, state
 from test_distributed import numbered_learner, shared, together
 from test_guards import learner
 from bootmae_nb.guards import NonFiniteError
+from bootmae_nb.readings import Readings
 from bootmae_nb.runs import RunState, find_state
 
 
@@ -152,8 +153,8 @@ def test_validation_reads_at_its_end():
 @pytest.mark.parametrize('kw', [dict(), dict(method='mae', clip=1.), dict(method='dbot', precision='bf16')])
 def test_cuda_waits_in_no_step_but_every_so_many(kw):
     learn = prepared(None, dict(images=[3], gradient=[5]), bs=2, **kw)
-    learn.dls.to('cuda'); learn.model.cuda()
-    assert learn.read_every is None
+    learn.dls.to('cuda')                               # the model follows when the fit has begun
+    if 'precision' in kw: learn.to_fp32().to_bf16()
     step = learn.one_batch
     def watched(i, b):
         torch.cuda.set_sync_debug_mode('error' if learn.training and i > 1 else 'default')
@@ -163,7 +164,17 @@ def test_cuda_waits_in_no_step_but_every_so_many(kw):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         quietly(learn, 'fit', 1, 1e-3)
-    assert [o['batch'] for o in learn.finite_guard.skips] == [3, 5] and all(v.isfinite().all() for v in learn.model.state_dict().values())
+    assert learn.finite_guard.late and [o['batch'] for o in learn.finite_guard.skips] == [3, 5] and all(v.isfinite().all() for v in learn.model.state_dict().values())
+
+
+def test_the_first_fit_on_a_gpu_waits_too(monkeypatch):
+    "It begins with the model on the CPU, and fastai moves it to the loaders' device"
+    learn,made = learner(), []                           # on MPS fused AdamW knows no flags, see torch's `FusedAdamWKernelImpl.mm`
+    monkeypatch.setattr('bootmae_nb.learner.Readings', lambda every: made.append(every))
+    for device,n in ('cuda', None), (torch.device('cuda', 0), None), ('cuda', 7), ('cpu', None), ('cpu', 4), ('mps', None), ('mps', 50):
+        learn.dls._device,learn.read_every,learn.fit_call = device, n, {}
+        with learn._reading(): pass
+    assert made == [50, 50, 7, 4] and next(learn.model.parameters()).device.type == 'cpu'
 
 
 def test_who_asks_in_a_step_gets_what_is_true_then():
@@ -178,12 +189,45 @@ def test_who_asks_in_a_step_gets_what_is_true_then():
     assert seen[1] == seen[5] and len(seen[1]) == 6
 
 
+def test_a_callback_that_logs_each_step_gets_the_loss_of_each_step():
+    "As those for W&B, Comet and TensorBoard: they take it from the learner, from the first step on"
+    seen = {}
+    class Log(Callback):
+        order = 51
+        def after_batch(self):
+            if self.training: seen[n].append(float(self.smooth_loss))
+    for n in (1, 5):
+        seen[n] = []
+        fitted(n, dict(images=[2], gradient=[3]), cbs=[Log()])
+    assert seen[1] == seen[5] and len(seen[1]) == 12
+
+
+def test_the_progress_bar_shows_what_was_read_last_and_does_not_ask(monkeypatch):
+    learn,asked,shown,read = prepared(4), [], [], Readings.read
+    monkeypatch.setattr(Readings, 'read', lambda self: (asked.append(learn.train_iter) if self.waiting else None, read(self))[1])
+    class Look(Callback):
+        order = 61
+        def after_batch(self):
+            if self.training: shown.append(self.learn.progress.pbar.comment)
+    learn.fit(2, 1e-3, cbs=Look())
+    assert asked == [1, 4, 6, 6, 8, 12, 12]                        # step 1, every fourth, and the end of training and validation
+    assert shown == [f'{learn.recorder.losses[i]:.4f}' for i in (0, 0, 0, 0, 3, 3, 5, 5, 7, 7, 7, 7)]
+    learn.read_every = 1; shown.clear(); learn.fit(1, 1e-3, cbs=Look())
+    assert shown == [f'{o:.4f}' for o in learn.recorder.losses]
+
+
 # where waiting is not possible
+
+class OwnAdamW(torch.optim.AdamW):
+    "One whose step pays no heed to flags"
+    def step(self, closure=None): self.found_inf = None; return super().step(closure)
+
 
 @pytest.mark.parametrize('kw', [dict(cbs=[GradientAccumulation(8)]), dict(opt=partial(OptimWrapper, opt=torch.optim.AdamW)), dict(opt=SGD),
                                 dict(opt=partial(OptimWrapper, opt=partial(torch.optim.SGD, fused=True, momentum=.9))),
+                                dict(opt=partial(OptimWrapper, opt=partial(OwnAdamW, fused=True))),
                                 dict(metric=[AvgMetric(lambda *_: torch.tensor(1.))]), dict(recorder=Recorder())],
-                         ids=['accumulation', 'not fused', "fastai's", "another's", 'metric', 'recorder'])
+                         ids=['accumulation', 'not fused', "fastai's", "another's", "one's own", 'metric', 'recorder'])
 def test_where_a_decision_cannot_wait_it_does_not(kw):
     def run(n):
         learn = prepared(n, dict(images=[3], gradient=[4]), cbs=kw.get('cbs', ()), metrics='metric' in kw)
