@@ -94,13 +94,13 @@ def block_mask(
     generator:torch.Generator|None=None, # Source of randomness
     device=None, # Device of the mask
     candidates:int=8, # Blocks tried per round
-    rounds:int=64, # Rounds at most
+    rounds:int|None=None, # Rounds at most; `None` = a few more than 10,000 masks of such a grid needed
 ) -> Tensor: # `(bs, H, W)`, boolean, at most `n` hidden (exactly `n` unless the rounds run out)
     "Hide random blocks until `n` patches are hidden, for all masks at once"
     H,W = grid
     mask = torch.zeros(bs, H, W, dtype=torch.bool, device=device)
     y,x = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
-    for _ in range(rounds):
+    for _ in range(16 + H*W//10 if rounds is None else rounds):
         missing = n - mask.sum((1, 2))
         if mask.device.type == 'cpu' and not missing.any(): break   # elsewhere the question would cost more than the rounds
         limit = missing.clamp(max=int(max_area))
