@@ -55,7 +55,7 @@ demo: .venv/.ok
 # tests/test_project.py compares the package and README.md with the notebooks
 test: .venv/.ok .venv/.browser
 	$(BIN)/ruff check bootmae_nb tests tools app
-	$(BIN)/nbdev-test --n-workers 1
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.ok
