@@ -99,7 +99,7 @@ def bootmae_train(
     seed:int=None, # Seed of weights, order, crops and masks; settings.ini's if not given
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
     precision:str=None, # auto, fp32, bf16 or fp16; settings.ini's if not given
-    compile:bool=False, # Compile the blocks of the networks (torch.compile): pays on GPUs, needs a C++ compiler on CPUs
+    compile:bool=False, # Compile the blocks of the networks (torch.compile): meant for GPUs, needs a C++ compiler on CPUs
     activations:str=None, # What is kept for the backward pass: keep, lean, or checkpoint for models that do not fit; auto if not given
     workers:int=None, # Processes that load images; settings.ini's if not given
     decoded:Path=None, # Folder for small decoded copies of the images, made on first use: then no file is decoded more than once
