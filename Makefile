@@ -12,8 +12,8 @@ DEMO_IMAGES ?= photos
 
 # Without byte code every start compiles fastai anew, for some 15 seconds
 unexport PYTHONDONTWRITEBYTECODE
-# Threads that wait for work sleep: where they spin, small models are several times slower beside other programs
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait for work spin shortly: where they spin long, small models are several times slower beside other programs
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: help demo test test-slow lab app screenshots readme clean
 .DELETE_ON_ERROR:

@@ -24,8 +24,8 @@ def _say(text, category, *_, **__):
     if issubclass(category, UserWarning): print(f'warning: {text}', file=sys.stderr)
 
 def _share_cores():
-    "Threads that wait for work sleep rather than spin: on cores that other programs use too, spinning makes small models several times slower"
-    if 'torch' not in sys.modules: os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    "Threads that wait for work spin for some microseconds only, then sleep: on cores that other programs use too, long spinning makes small models several times slower"
+    if 'torch' not in sys.modules: os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 def plain_errors(f):
     "Tell warnings and expected errors in a sentence; an error leaves with status 2, an interrupt with 130"

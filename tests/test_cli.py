@@ -352,9 +352,9 @@ def test_two_processes_by_one_flag_that_are_stopped_and_gone_on_with(folder, tmp
     assert other.returncode == 2 and 'nproc: 2 -> 1' in other.stderr
 
 
-@pytest.mark.parametrize('given,want', [(None, 'PASSIVE'), ('ACTIVE', 'ACTIVE')])
-def test_waiting_threads_of_a_command_sleep_unless_told_otherwise(given, want):
+@pytest.mark.parametrize('given,want', [(None, '10000'), ('5', '5')])
+def test_waiting_threads_of_a_command_spin_shortly_unless_told_otherwise(given, want):
     "On cores that other programs use as well, spinning threads make small models several times slower"
-    env = {k: v for k,v in os.environ.items() if k != 'OMP_WAIT_POLICY'} | ({} if given is None else dict(OMP_WAIT_POLICY=given))
-    code = "import os; from bootmae_nb.cli import plain_errors; plain_errors(lambda: print(os.environ['OMP_WAIT_POLICY']))()"
+    env = {k: v for k,v in os.environ.items() if k != 'GOMP_SPINCOUNT'} | ({} if given is None else dict(GOMP_SPINCOUNT=given))
+    code = "import os; from bootmae_nb.cli import plain_errors; plain_errors(lambda: print(os.environ['GOMP_SPINCOUNT']))()"
     assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout.strip() == want
