@@ -24,14 +24,14 @@ from fastai.callback.core import Callback, CancelValidException
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from .data import mim_dls
 from .files import write_whole
 from .learner import decay_groups, mim_learner
 from .losses import mim_losses, mim_targets
-from .memory import reused
+from .memory import memory_profile, reused
 from .models import get_method, keep_activations, methods, mim_model
 from .settings import pick_device, pick_precision
 from .speed import compile_blocks
@@ -130,11 +130,10 @@ def peak_memory(
     device:torch.device, # Where they are
 ) -> int: # Bytes
     "Peak of the memory that tensors take while `f` runs, beyond what was there before"
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')                         # else the profiler talks
     kept = set()
     def mark():
         with record_function(_mark): kept.update(o.untyped_storage().data_ptr() for o in gradients())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof: f(mark); _sync(device)
+    with memory_profile(acc_events=True) as prof: f(mark); _sync(device)
     return _peak(_allocations(prof, device), kept)
 
 # %% ../nbs/20_bench.ipynb #6be03766

@@ -33,7 +33,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import CropImage, FlipCrop, PILGrey, TensorGrey, _collect, _for_all, _item_name
+from .data import CropImage, FlipCrop, PILGrey, TensorGrey, _collect, _for_all, _item_name, file_state
+from .files import write_whole
 from .images import MAX_PIXELS, ImageError, image_size, open_image, printable
 
 # %% ../nbs/03a_cache.ipynb #2bf19415
@@ -91,23 +92,6 @@ def _told(what):
     try: yield
     except OSError as e: raise CacheError(f'{what} ({e.strerror or e})') from e
 
-def _write_small(path, text):
-    "A small file, all or nothing"
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(tmp, 'w') as f: f.write(text); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
-# %% ../nbs/03a_cache.ipynb #6105eca5
-_SETTLED = 2  # seconds: of a file that changed within them the state says nothing, as it may change again without showing
-
-def _state_of(path):
-    "What shows that a file has changed; '' if that cannot be said"
-    st = os.stat(path)
-    if time.time() - max(st.st_mtime, st.st_ctime) < _SETTLED: return ''
-    return f'{st.st_size:x} {st.st_mtime_ns:x} {st.st_ctime_ns:x}'
-
 # %% ../nbs/03a_cache.ipynb #8e328547
 class _ToDecode(torch.utils.data.Dataset):
     "Parts of a list of files, decoded: for each file state, content and [shape, size, reduces], `None` if the content is known, or its `ImageError`; and all pixels"
@@ -123,11 +107,11 @@ class _ToDecode(torch.utils.data.Dataset):
     def _take(self, o):
         try:
             image_size(o, self.args[2])                            # before a digest of what is no image at all
-            state = _state_of(o)
+            state = file_state(o)
             with open(o, 'rb') as f: content = file_digest(f, lambda: blake2b(digest_size=16)).hexdigest()
             if content in self.known: return state, content, None
             decoded = _decode(o, *self.args)
-            return state if state == _state_of(o) else '', content, [decoded[0], decoded[0].shape, *decoded[1:]]
+            return state if state == file_state(o) else '', content, [decoded[0], decoded[0].shape, *decoded[1:]]
         except ImageError as e: return e
         except OSError as e: return ImageError(f'{printable(os.fspath(o))} cannot be read ({e.strerror or e}): check the path, its permissions and the disk')
 
@@ -232,7 +216,7 @@ def _look(self: DecodedImages, o):
     "Whether a file is in the cache as it is now"
     i = self.find(o)
     if i is None: return False
-    try: same = (state := _state_of(o)) and state == self.table['state'][i].decode()
+    try: same = (state := file_state(o)) and state == self.table['state'][i].decode()
     except OSError: return False
     full = self.table['full'][i]
     return bool(same) and int(full[0])*int(full[1]) <= self.max_pixels
@@ -307,7 +291,7 @@ def _add(self: DecodedImages, missing, num_workers, at_once=32):
     self._check_space(missing)
     if not self._file('about.json').exists():
         about = dict(format=_format, side=self.side, in_chans=self.in_chans, pillow=PIL.__version__)
-        with _told(f'{self.folder} cannot be written to'): _write_small(self._file('about.json'), json.dumps(about) + '\n')
+        with _told(f'{self.folder} cannot be written to'): write_whole(self._file('about.json'), lambda p: p.write_text(json.dumps(about) + '\n'))
     known,errors,quiet = self._known(), {}, len(missing) <= 2000
     todo = _ToDecode(missing, set(known), self.side, self.in_chans, self.max_pixels, at_once)
     if num_workers is None: num_workers = min(16, num_cpus()) if len(todo) >= 8 and num_cpus() > 1 else 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mix_seed', 'seeded', 'unlabelled', 'listed_items', 'SeededDL', 'TensorGrey', 'PILGrey', 'OpenImage', 'CropImage',
-           'FlipCrop', 'decode_side', 'find_bad', 'mim_dls', 'check_images']
+           'FlipCrop', 'decode_side', 'file_state', 'find_bad', 'mim_dls', 'check_images']
 
 # %% ../nbs/03_data.ipynb #10495016
 import itertools
@@ -414,6 +414,15 @@ def _for_all(f, items, at_once=1, quiet=False):
 # %% ../nbs/03_data.ipynb #a869bd1a
 _SETTLED,_WORTH = 2, 1  # seconds: files that changed within the first are not remembered; looks that took less than the second neither
 
+def file_state(
+    path: str | Path,
+    now: float | None = None,  # seconds since 1970 when it was looked at; `None`: at this moment
+) -> str:  # '' if the file has only just changed: it may change again without showing
+    "What shows that a file has changed"
+    st = os.stat(path)
+    if (time.time() if now is None else now) - max(st.st_mtime, st.st_ctime) < _SETTLED: return ''
+    return f'{st.st_size:x} {st.st_mtime_ns:x} {st.st_ctime_ns:x}'
+
 def _memory_file(items, settings):
     "Where to remember files of this root, opened with these settings; `None` if nothing can be remembered"
     paths = {os.path.dirname(os.path.abspath(o)) for o in items if isinstance(o, (str, Path))}
@@ -449,10 +458,9 @@ class _Memory:
     def _stamp(self, o):
         "Key and state of a file; `None` where it is none, is not there, or has only just changed"
         if not self.file or not isinstance(o, (str, Path)): return None
-        try: path,st = os.path.abspath(o), os.stat(o)
+        try: path,state = os.path.abspath(o), file_state(o, self.start)
         except (OSError, ValueError): return None
-        if self.start - max(st.st_mtime, st.st_ctime) < _SETTLED: return None
-        return path.removeprefix(self.root), f'{st.st_size:x} {st.st_mtime_ns:x} {st.st_ctime_ns:x}'
+        return (path.removeprefix(self.root), state) if state else None
 
     def recall(self, o, look, decoded=False):
         "What `look` found about item `o` when it was last asked, or finds now; with `decoded` only what was decoded counts"

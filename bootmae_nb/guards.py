@@ -107,11 +107,11 @@ class FiniteGuard(Callback):
         if not self.on and self.clip is None: return
         norm = self._norm()
         if self.late: return self._judge_norm_later(norm)
-        if self.on and not self._judge_norm(self._here(), float(norm)): raise CancelStepException
+        if self.on and not self._judge_norm(self._here, float(norm)): raise CancelStepException
 
-    def _judge_norm(self, step, norm):
+    def _judge_norm(self, where, norm):
         "Whether the step is one to take; gradients, and so their norm, are the same in every process"
-        if not math.isfinite(norm): return self._skip(step, 'gradient', range(step.images))
+        if not math.isfinite(norm): return self._skip(step := where(), 'gradient', range(step.images))
         self.norms.append(norm)
         self.in_row |= dict(steps=0, overflows=0)
         return True
@@ -213,7 +213,7 @@ def _judge_norm_later(self:FiniteGuard, norm):
 
 @patch
 def _norm_read(self:FiniteGuard, step, norm, left_out):
-    if not left_out: self._judge_norm(step, norm)
+    if not left_out: self._judge_norm(lambda: step, norm)
 
 @patch
 def after_step(self:FiniteGuard):

@@ -273,6 +273,7 @@ def _check_method(model, method):
     "Refuse another method than a model that is made already has"
     own,name = model.method.name, None if method is None else get_method(method).name
     if name not in (None, own): raise TypeError(f"the model is made already, for {own}, and cannot become one of {name}: leave method out, or give it to mim_model")
+
 def _with_teacher(kw, arch, size):
     "Keywords with a teacher that was named found"
     source = kw.get('teacher')

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import bootmae_nb.cache as cache
+import bootmae_nb.data as data
 from bootmae_nb.cache import CacheError, Decoded, DecodedImages, build_cache, resample_crops
 from bootmae_nb.callbacks import DataWait
 from bootmae_nb.data import CropImage, mim_dls
@@ -249,13 +250,13 @@ def test_files_are_decoded_once(folder, monkeypatch):
 
 
 def test_states_of_files_spare_reading_them(folder, monkeypatch):
-    monkeypatch.setattr(cache, '_SETTLED', -1)
+    monkeypatch.setattr(data, '_SETTLED', -1)
     build_cache(folder, folder/'cache')
     monkeypatch.setattr(cache, 'file_digest', lambda *_: 1/0)
     assert len(build_cache(folder, folder/'cache')) == 12
     os.utime(folder/'03.png', (1e9, 1e9))
     with pytest.raises(ZeroDivisionError): build_cache(folder, folder/'cache')
-    monkeypatch.undo(); monkeypatch.setattr(cache, '_SETTLED', -1)
+    monkeypatch.undo(); monkeypatch.setattr(data, '_SETTLED', -1)
     lines = (folder/'cache'/'256px_rgb'/'index.jsonl').read_bytes().count(b'\n')
     seen = count(monkeypatch); build_cache(folder, folder/'cache')
     assert seen == [] and (folder/'cache'/'256px_rgb'/'index.jsonl').read_bytes().count(b'\n') > lines, 'its content is known'
@@ -421,7 +422,7 @@ def test_damaged_pixels_are_never_trained_on(folder, workers):
 
 
 def test_a_lost_end_and_damaged_lines_are_built_again(folder, monkeypatch):
-    monkeypatch.setattr(cache, '_SETTLED', -1)
+    monkeypatch.setattr(data, '_SETTLED', -1)
     c = build_cache(folder, folder/'cache', 20); want = epoch(loaders(folder, decoded=folder/'cache', decoded_side=20).train)
     size = c.n_bytes
     os.truncate(c.folder/'pixels', size - 2500)
