@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['few_labels', 'LabelledItems', 'labelled_items', 'SquishImage', 'labelled_dls', 'plain_loader', 'labelled_tensors']
 
-# %% ../nbs/14b_labelled.ipynb #bd31fe71
+# %% ../nbs/14b_labelled.ipynb #1b0028cc
 import numbers
 import random
 import warnings
@@ -26,7 +26,7 @@ from .data import CropImage, FlipCrop, OpenImage, SeededDL, _column, _from_table
 from .images import ImageError, image_files, printable
 from .models import plain
 
-# %% ../nbs/14b_labelled.ipynb #ee0bd18c
+# %% ../nbs/14b_labelled.ipynb #33c7200d
 def _as_labels(labels):
     "Labels as an array of whole numbers `(N,)`"
     y = plain(labels).cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
@@ -39,7 +39,7 @@ def _in_order(y, *seed):
     places = {int(c): np.flatnonzero(y == c).tolist() for c in np.unique(y)}
     return {c: random.Random(mix_seed('of each class', c, *seed)).sample(at, len(at)) for c,at in places.items()}
 
-# %% ../nbs/14b_labelled.ipynb #c99e091a
+# %% ../nbs/14b_labelled.ipynb #0dc13d23
 def few_labels(
     labels,  # whole numbers (N,): a list, array or tensor
     n: int | float,  # a whole number: images of each class; a share above 0 and up to 1.0: of each class, rounded, at least one
@@ -57,7 +57,7 @@ def few_labels(
                          f'Ask for {short[c]} or fewer, or for a share')
     return sorted(i for at in places.values() for i in at[:n if whole else max(1, round(n*len(at)))])
 
-# %% ../nbs/14b_labelled.ipynb #a490f8ac
+# %% ../nbs/14b_labelled.ipynb #9f55e746
 class LabelledItems(NamedTuple):
     "Images with their labels, and which of them are for training and which for validation"
     items: list    # paths, PIL images or arrays
@@ -65,7 +65,7 @@ class LabelledItems(NamedTuple):
     vocab: list    # names of the classes, sorted
     split: tuple   # two lists of indices: training, validation
 
-# %% ../nbs/14b_labelled.ipynb #701b3463
+# %% ../nbs/14b_labelled.ipynb #53c37517
 _VALID = 'valid', 'val', 'validation', 'test'
 
 def _folders(path): return sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.') and o.name != '__MACOSX')
@@ -86,7 +86,7 @@ def _split_folders(path, valid):
         raise ValueError(f'{path} has train beside {_names(others)}, none of which is called {", ".join(_VALID)}: say which is for validation, valid=…')
     return train, found
 
-# %% ../nbs/14b_labelled.ipynb #f0b40e26
+# %% ../nbs/14b_labelled.ipynb #e476a640
 def _class_files(path):
     "Pairs of file and class name below a folder of class folders"
     pairs,empty = [], []
@@ -109,7 +109,7 @@ def _from_folder(path, valid):
     parts = [_class_files(o) for o in (train, held_out)]
     return parts[0] + parts[1], [False]*len(parts[0]) + [True]*len(parts[1])
 
-# %% ../nbs/14b_labelled.ipynb #67f979b7
+# %% ../nbs/14b_labelled.ipynb #ee937ac5
 def _label_name(o, i):
     "A label as a plain string or whole number"
     if isinstance(o, np.generic): o = o.item()
@@ -132,7 +132,7 @@ def _from_digits():
     d = load_digits()
     return [(np.rint(x*(255/16)).astype(np.uint8), int(y)) for x,y in zip(d.images, d.target)]
 
-# %% ../nbs/14b_labelled.ipynb #d124782e
+# %% ../nbs/14b_labelled.ipynb #be12c3be
 def _marks(valid, n):
     "Which of `n` images are for validation, from indices or a mark for each"
     v = np.asarray(valid)
@@ -157,7 +157,7 @@ def _pairs(source, valid, fn_col, label_col, pref):
     if valid is not None and not isinstance(valid, str): marks = _marks(valid, len(pairs))
     return [(Path(pref)/o if pref and isinstance(o, str | Path) else o, _label_name(c, i)) for i,(o,c) in enumerate(pairs)], marks
 
-# %% ../nbs/14b_labelled.ipynb #9daea543
+# %% ../nbs/14b_labelled.ipynb #9efcf1b8
 def _draw(items, labels, valid_pct, seed):
     "Marks for validation, the same share of each class"
     if not 0 < valid_pct < 1: raise ValueError(f'valid_pct={valid_pct} is outside (0, 1): choose the share of images for validation, e.g. 0.2')
@@ -167,7 +167,7 @@ def _draw(items, labels, valid_pct, seed):
     kept = {str(o) for o,m in zip(items, marks) if not m and isinstance(o, str | Path)}
     return [m and not (isinstance(o, str | Path) and str(o) in kept) for o,m in zip(items, marks)]
 
-# %% ../nbs/14b_labelled.ipynb #84d6328f
+# %% ../nbs/14b_labelled.ipynb #e07d400b
 def _check_classes(labels, vocab, train, valid):
     "Refuse what cannot be learnt or measured"
     if len(vocab) < 2: raise ValueError(f'all images are of one class, {vocab[0]!r}: to tell classes apart takes two or more')
@@ -178,7 +178,7 @@ def _check_classes(labels, vocab, train, valid):
     if alone: raise ValueError(f'{len(alone)} classes are in validation but not in training, e.g. {vocab[alone[0]]!r}: give training images of them, or leave them out')
     if len(known) < 2: raise ValueError(f'all training images are of one class, {vocab[known.pop()]!r}: to tell classes apart takes two or more')
 
-# %% ../nbs/14b_labelled.ipynb #cb962459
+# %% ../nbs/14b_labelled.ipynb #19bcec44
 def labelled_items(
     source,  # folder of class folders, or with `train/<class>` and `valid|val|validation|test/<class>`; list of (image, label); DataFrame; or 'digits'
     valid=None,  # what is for validation: name of a folder beside `train`, name of a DataFrame's column of True and False, or indices or marks; None: found or drawn
@@ -203,7 +203,7 @@ def labelled_items(
     _check_classes(labels, vocab, *split)
     return LabelledItems(items, labels, vocab, split)
 
-# %% ../nbs/14b_labelled.ipynb #f5dfb5eb
+# %% ../nbs/14b_labelled.ipynb #3f60e6ab
 class _Image(ItemTransform):
     "The image of a pair"
     def encodes(self, o): return o[0]
@@ -220,7 +220,7 @@ class SquishImage(Transform):
     ): super().__init__(); self.size = size
     def encodes(self, o: Image.Image): return o.resize(self.size[::-1], Image.Resampling.BICUBIC)
 
-# %% ../nbs/14b_labelled.ipynb #05bfce89
+# %% ../nbs/14b_labelled.ipynb #680af5e5
 def _check(bs, in_chans, min_scale, resize):
     for ok,problem in (
         (bs >= 1, f'bs={bs} is no batch size: choose 1 or more'),
@@ -234,7 +234,7 @@ def _shown(found, part, labels, seed):
     if labels is not None: part = [part[i] for i in few_labels([found.labels[i] for i in part], labels, seed)]
     return [(found.items[i], found.vocab[found.labels[i]]) for i in part]
 
-# %% ../nbs/14b_labelled.ipynb #abb07885
+# %% ../nbs/14b_labelled.ipynb #468de6c7
 def _without_bad(found, look):
     "The same without items that cannot be read, and why they cannot"
     places = list(range(len(found.items)))
@@ -245,7 +245,7 @@ def _without_bad(found, look):
     if left_out: _check_classes(found.labels, found.vocab, *split)
     return found, left_out
 
-# %% ../nbs/14b_labelled.ipynb #f3851947
+# %% ../nbs/14b_labelled.ipynb #82e94822
 def labelled_dls(
     source,  # as for `labelled_items`
     img_size: int | tuple = 224,  # side, or (height, width), in pixels
@@ -275,16 +275,19 @@ def labelled_dls(
     still = SquishImage(size) if resize == 'squish' else CropImage(size, min_scale)
     moving = [CropImage(size, min_scale), *([FlipCrop(p=0.5)] if flip else [])]
     device = torch.device(device or default_device())
+    made = dict(size=size, in_chans=in_chans, min_scale=min_scale, flip=flip, resize=resize, opener=opener.kwargs)
     def loader(pairs, train):
         ds = Datasets(pairs, tfms, splits=[range(len(pairs))]*2, do_setup=False).subset(0 if train else 1)
         after = [*(moving if train else [still]), ToTensor()]
-        return _loader(ds, bs, num_workers, train, seed=seed, on_bad='skip', after_item=after, after_batch=[IntToFloatTensor()], device=device)
+        dl = _loader(ds, bs, num_workers, train, seed=seed, on_bad='skip', after_item=after, after_batch=[IntToFloatTensor()], device=device)
+        dl.recipe = repr(made | dict(train=train))                         # what else than its files decides what the loader gives, for features on disk
+        return dl
     path = source if isinstance(source, str | Path) and Path(source).is_dir() else '.'
     dls = DataLoaders(loader(parts[0], True), loader(parts[1], False), device=device, path=path)
     dls.vocab,dls.c,dls.left_out,dls.plain_train = found.vocab, len(found.vocab), left_out, loader(parts[0], False)
     return dls
 
-# %% ../nbs/14b_labelled.ipynb #73073965
+# %% ../nbs/14b_labelled.ipynb #2db2a096
 def plain_loader(
     dls: DataLoaders,  # of `labelled_dls`
 ) -> SeededDL:  # in order, each image once, as validation shows images
@@ -293,7 +296,7 @@ def plain_loader(
     dls.plain_train.to(dls.device)
     return dls.plain_train
 
-# %% ../nbs/14b_labelled.ipynb #c0c98465
+# %% ../nbs/14b_labelled.ipynb #d0e015ec
 def labelled_tensors(
     dl,  # loader of labelled images
 ) -> tuple:  # images (N, C, H, W) in 0..1 and labels (N,), on the CPU
