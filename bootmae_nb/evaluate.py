@@ -130,7 +130,7 @@ def _check_size(vit, x):
     if not (want or getattr(embed, 'dynamic_img_pad', False)) and any(n % p for n,p in zip(x.shape[2:], embed.patch_size)):
         raise refuse(f"height and width must be multiples of its patches, {' x '.join(map(str, embed.patch_size))}")
 
-# %% ../nbs/15_evaluate.ipynb #eb92cbbe
+# %% ../nbs/15_evaluate.ipynb #2dfbdc36
 def _run(vit, data, stats, pool, blocks, norm, bs):
     "Block -> features `(N, D)`; and labels"
     device,xs,ys = next(vit.parameters()).device, [], []
@@ -140,7 +140,7 @@ def _run(vit, data, stats, pool, blocks, norm, bs):
     if not xs: raise ValueError("the data holds no images: a loader that drops its last, incomplete batch may be empty")
     return {b: torch.cat(o) for b,o in zip(blocks, zip(*xs))}, None if ys[0] is None else torch.cat(ys)
 
-# %% ../nbs/15_evaluate.ipynb #2ec7c7d2
+# %% ../nbs/15_evaluate.ipynb #901447f8
 def _structure(vit):
     "What a network is besides its weights: its modules and their settings"
     plain_value = lambda v: isinstance(v, bool | int | float | str) or isinstance(v, tuple | list) and all(isinstance(o, int | float) for o in v)
@@ -151,7 +151,7 @@ def _weights_key(vit, device):
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     return tensor_digest({**vit.state_dict(), **dict(vit.named_buffers())}), _structure(vit), device.type, str(autocast)
 
-# %% ../nbs/15_evaluate.ipynb #d30195c2
+# %% ../nbs/15_evaluate.ipynb #0a152694
 def _transforms_of(dl):
     "Transforms of a loader with their settings, without addresses in memory"
     pipes = [dl.after_item, dl.before_batch, dl.after_batch, *(o.tfms for o in dl.dataset.tls)]
@@ -175,7 +175,7 @@ def _content_key(data, bs):
     for x,y in _batches(data, bs): h.update(tensor_digest(dict(x=plain(x)) | ({} if y is None else dict(y=y))).encode())
     return 'content', h.hexdigest(), bs if isinstance(data, Tensor | tuple) else None
 
-# %% ../nbs/15_evaluate.ipynb #4131e6ae
+# %% ../nbs/15_evaluate.ipynb #2ec621ce
 def _kept(file):
     "Features and labels of a file; `None` if there is none, or it is damaged"
     try:
@@ -294,7 +294,7 @@ def knn_accuracy(
     pred = knn_predict(train_x, train_y, test_x, k, temperature)
     return (pred == plain(test_y).to(pred.device)).double().mean().item()
 
-# %% ../nbs/15_evaluate.ipynb #a6ca36a0
+# %% ../nbs/15_evaluate.ipynb #dfcb05b3
 def _ranked(train, test, own):
     "Indices of all training images for each test image, nearest first; `own` = the index of the test image itself, which goes last"
     sim = test @ train.T
@@ -307,7 +307,7 @@ def _scores_of(same, ks):
     precision = hits/torch.arange(1, same.shape[1] + 1, device=same.device)
     return torch.stack([precision[:, k - 1] for k in ks], 1), (precision*same).sum(1).double()/hits[:, -1]
 
-# %% ../nbs/15_evaluate.ipynb #7dc5a47a
+# %% ../nbs/15_evaluate.ipynb #c260da17
 def retrieval(
     train_x:Tensor, # Features `(N, D)` to look among
     train_y:Tensor, # Labels `(N,)`
@@ -333,7 +333,7 @@ def retrieval(
     if ap.isnan().all(): raise ValueError("no query has an image of its own class to find: take both sets from the same classes")
     return {f'p@{k}': v for k,v in zip(ks, at_k.mean(0).tolist())} | dict(mAP=ap.nanmean().item(), queries=int((~ap.isnan()).sum()))
 
-# %% ../nbs/15_evaluate.ipynb #cdd43e48
+# %% ../nbs/15_evaluate.ipynb #00f8ce57
 def _framed(x, right, height):
     im = to_pil(x)
     im = im.resize((max(1, round(im.width*height/im.height)), height), Image.Resampling.BICUBIC)
@@ -371,11 +371,15 @@ class KNNProbe:
         if k < 1: raise ValueError(f"k={k} neighbours cannot vote: choose 1 or more, e.g. 20")
         self.train,self.test,self.k,self.temperature,self.kwargs = train, test, k, temperature, dict(kwargs, pool=pool, block=block)
 
+    def features(self, model):
+        "Features and labels of the training images, and of the test images"
+        found = [encoder_features(model, o, **self.kwargs) for o in (self.train, self.test)]
+        for name,(_,y) in zip(('training', 'test'), found):
+            if y is None: raise ValueError(f"the {name} images have no labels: a k-NN probe needs labelled images")
+        return *found[0], *found[1]
+
     def __call__(self,
         model:nn.Module, # As for `encoder_features`
     ) -> dict: # knn: accuracy from 0 to 1
         "Take features and let neighbours vote; the model stays as it is"
-        (train_x,train_y),(test_x,test_y) = (encoder_features(model, o, **self.kwargs) for o in (self.train, self.test))
-        for name,y in ('training', train_y), ('test', test_y):
-            if y is None: raise ValueError(f"the {name} images have no labels: a k-NN probe needs labelled images")
-        return dict(knn=knn_accuracy(train_x, train_y, test_x, test_y, self.k, self.temperature))
+        return dict(knn=knn_accuracy(*self.features(model), self.k, self.temperature))
