@@ -856,6 +856,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'bootmae_nb.finetune.MixBatch.before_batch': ( 'finetune.html#mixbatch.before_batch',
                                                                                     'bootmae_nb/finetune.py'),
                                      'bootmae_nb.finetune.MixBatch.mix': ('finetune.html#mixbatch.mix', 'bootmae_nb/finetune.py'),
+                                     'bootmae_nb.finetune.MixBatch.settings': ('finetune.html#mixbatch.settings', 'bootmae_nb/finetune.py'),
                                      'bootmae_nb.finetune.RandAugment': ('finetune.html#randaugment', 'bootmae_nb/finetune.py'),
                                      'bootmae_nb.finetune.RandAugment.__init__': ( 'finetune.html#randaugment.__init__',
                                                                                    'bootmae_nb/finetune.py'),

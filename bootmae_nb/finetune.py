@@ -8,7 +8,7 @@ __all__ = ['finetune_recipes', 'Classifier', 'make_classifier', 'layer_number', 
            'finetune_learner', 'classify', 'load_classifier', 'FinetuneRecipe', 'finetune_recipe',
            'finetune_recipe_learner']
 
-# %% ../nbs/15c_finetune.ipynb #922a3564
+# %% ../nbs/15c_finetune.ipynb #b8abc632
 import copy, math
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -23,10 +23,10 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.transforms import ToTensor
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from fastai.torch_basics import Transform
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.transform import Transform
 from PIL import Image
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
@@ -46,7 +46,7 @@ from .patches import grid_size
 from .vit import Encoder, as_encoder, own_seed, zero_key_bias_grads
 from .viz import contact_sheet, from_stats, model_input, to_pil
 
-# %% ../nbs/15c_finetune.ipynb #a17e93ed
+# %% ../nbs/15c_finetune.ipynb #018fedcc
 class Classifier(MaskedAutoencoder):
     "An encoder with a head for classes; perhaps with a moving average of both, which then answers in `eval` mode"
     def __init__(self,
@@ -81,7 +81,7 @@ class Classifier(MaskedAutoencoder):
         res.config = self.config
         return res
 
-# %% ../nbs/15c_finetune.ipynb #590f611a
+# %% ../nbs/15c_finetune.ipynb #d0cf0927
 def _source(encoder, stats):
     "An encoder, wherever it is, as a model that knows sizes and statistics"
     if isinstance(encoder, str|Path): encoder = load_teacher(encoder)
@@ -95,7 +95,7 @@ def _source(encoder, stats):
         raise ValueError(f"a {type(vit).__name__} of timm is not a plain vision transformer: choose e.g. vit_small_patch16_224, or train it with fastai's vision_learner")
     return from_timm(vit, 'mae', targets=())
 
-# %% ../nbs/15c_finetune.ipynb #a5559a20
+# %% ../nbs/15c_finetune.ipynb #6bc46247
 _heads = 'head', 'fc_norm', 'attn_pool'
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def _take_over(model, source, with_head):
     if wrong := misfit(own, new | afresh): raise ValueError(f"the encoder's weights do not fit a {model.config['arch']} of its sizes: {wrong}")
     enc.vit.load_state_dict(new | afresh)
 
-# %% ../nbs/15c_finetune.ipynb #4061975a
+# %% ../nbs/15c_finetune.ipynb #0491ab51
 def _label(o): return o.item() if isinstance(o, np.generic) else o if isinstance(o, str|int|float) else str(o)
 
 def _check_vocab(vocab):
@@ -134,12 +134,12 @@ def _kept_head(source, names):
                          "or leave keep_head out for a new head")
     return dict(head, vocab=names)
 
-# %% ../nbs/15c_finetune.ipynb #332b78b4
+# %% ../nbs/15c_finetune.ipynb #858eeadf
 _pools = dict(mean=dict(global_pool='avg', fc_norm=True), cls=dict(global_pool='token', fc_norm=False))
 _sizes = 'arch', 'patch_size', 'width', 'depth', 'heads', 'class_token', 'mlp_ratio'
 
 def make_classifier(
-    encoder, # A `MaskedAutoencoder`, an `Encoder`, a plain vision transformer of timm, a file of weights (ours, the authors', timm's), a run's folder, or a name of timm's with weights
+    encoder, # A `MaskedAutoencoder`, an `Encoder`, a plain vision transformer of timm or its name; a file of weights (ours, the authors', timm's), a run's folder
     vocab:list, # Names of the classes
     img_size:int|tuple|None=None, # Image size in pixels, `(height, width)`; `None` = that of the encoder
     in_chans:int|None=None, # Channels of the images; `None` = those of the encoder
@@ -166,7 +166,7 @@ def make_classifier(
         with own_seed(seed): nn.init.trunc_normal_(model.encoder.vit.head.weight, std=2e-5)
     return Classifier(model, average)
 
-# %% ../nbs/15c_finetune.ipynb #75511a39
+# %% ../nbs/15c_finetune.ipynb #1019cbe2
 def layer_number(
     name:str, # Name of a parameter of a timm vision transformer, of an `Encoder` or of a model that holds one
     depth:int, # Blocks
@@ -187,7 +187,7 @@ def layer_groups(
         groups[2*layer_number(n, enc.depth) + exempt].append(p)
     return groups
 
-# %% ../nbs/15c_finetune.ipynb #0a39c993
+# %% ../nbs/15c_finetune.ipynb #4c8cbf78
 class LayerOptim(OptimWrapper):
     "An optimiser of torch over `layer_groups`, whose learning rate falls from layer to layer"
     def __init__(self,
@@ -221,13 +221,13 @@ class LayerOptim(OptimWrapper):
         "Freeze the first layers"
         super().freeze_to(2*n)
 
-# %% ../nbs/15c_finetune.ipynb #ec651dee
+# %% ../nbs/15c_finetune.ipynb #175467fc
 class ClassLoss(nn.CrossEntropyLoss):
     "Cross-entropy with a label, or with a share for each class"
     def activation(self, x): return x.softmax(-1)
     def decodes(self, x): return x.argmax(-1)
 
-# %% ../nbs/15c_finetune.ipynb #a5c385c9
+# %% ../nbs/15c_finetune.ipynb #d6fda0d1
 class MixBatch(Callback):
     "Erase, mix and smooth batches in training"
     order,run_valid = MixedPrecision.order - .5, False
@@ -243,8 +243,11 @@ class MixBatch(Callback):
             if o < 0: raise ValueError(f"{name}={o} is below 0: give the alpha of a Beta distribution, e.g. 0.8, or 0 for none")
         for name,o in dict(smoothing=smoothing, erasing=erasing, switch=switch).items():
             if not 0 <= o <= 1: raise ValueError(f"{name}={o} is outside [0, 1]: give a share, e.g. 0.1")
-        self.n_classes,self.settings = n_classes, dict(mixup=mixup, cutmix=cutmix, smoothing=smoothing, erasing=erasing, switch=switch)
+        self.n_classes,self.shares = n_classes, dict(mixup=mixup, cutmix=cutmix, smoothing=smoothing, erasing=erasing, switch=switch)
         self.mixup = Mixup(mixup, cutmix, switch_prob=switch, label_smoothing=smoothing, num_classes=n_classes) if mixup or cutmix else None
+
+    @property
+    def settings(self): return self.shares
 
     def mix(self,
         x:Tensor, # Images `(B, C, H, W)` in input statistics
@@ -264,7 +267,7 @@ class MixBatch(Callback):
 
     def after_loss(self): self.learn.yb = self.labels
 
-# %% ../nbs/15c_finetune.ipynb #f2797c2b
+# %% ../nbs/15c_finetune.ipynb #29a8f2d6
 class RandAugment(Transform):
     "timm's RandAugment of the PIL image, in training"
     split_idx,order = 0, ToTensor.order - 1
@@ -290,7 +293,7 @@ def _install_randaug(dl, spec, model):
     dl.after_item.fs = L(fs)
     dl.after_item.add(RandAugment(spec, model.img_size, model.method.mean))
 
-# %% ../nbs/15c_finetune.ipynb #a7d86562
+# %% ../nbs/15c_finetune.ipynb #e79f7a73
 class AverageWeights(MomentumTeacher):
     "Keep a moving average of the weights of a `Classifier`"
     def __init__(self,
@@ -310,7 +313,7 @@ def average_decay(
     "The decay of an average that remembers 8 % of a run"
     return max(0., 1 - 1/max(1., .08*n_steps))
 
-# %% ../nbs/15c_finetune.ipynb #0a2f1a90
+# %% ../nbs/15c_finetune.ipynb #69b363e6
 class LabelBatch(FitStart):
     "What a fit for classes needs beside fastai's own loop"
     @property
@@ -320,10 +323,10 @@ class LabelBatch(FitStart):
 class FinetuneLearner(SeededLearner):
     "A fastai `Learner` for classes, made by `finetune_learner`"
 
-# %% ../nbs/15c_finetune.ipynb #8a87ddd1
+# %% ../nbs/15c_finetune.ipynb #6af3b311
 def _check_loaders(dls):
     for i,dl in enumerate(dls.loaders):
-        if not isinstance(dl, TfmdDL): raise TypeError(f"loader {i} is a {type(dl).__name__}: finetune_learner needs fastai loaders, e.g. ImageDataLoaders or those of a DataBlock")
+        if not isinstance(dl, TfmdDL): raise TypeError(f"loader {i} is a {type(dl).__name__}: finetune_learner needs fastai loaders, e.g. of ImageDataLoaders")
         if any(isinstance(f, MaskBatch) for f in dl.after_batch.fs):
             raise ValueError("these loaders were prepared for pretraining, with masks in place of labels: make new ones from the labelled images")
 
@@ -335,7 +338,7 @@ def _check_batch(b):
     if not x.is_floating_point(): raise ValueError(f"images are {x.dtype}: expected floats from 0 to 1, as IntToFloatTensor makes them")
     if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
         what = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise ValueError(f"labels are {what}: expected one whole number for each image, (B,). Several labels for an image, or numbers to predict, are not for this learner")
+        raise ValueError(f"labels are {what}: expected one whole number for each image, (B,). Several labels for an image, or values to predict, are not for it")
     return plain(x), plain(y)
 
 def _vocab_of(dls, vocab):
@@ -345,7 +348,7 @@ def _vocab_of(dls, vocab):
     if (c := getattr(dls, 'c', None)): return list(range(c))
     raise ValueError("the loaders do not tell their classes: say them, vocab=['cat', 'dog', …]")
 
-# %% ../nbs/15c_finetune.ipynb #abf37a5e
+# %% ../nbs/15c_finetune.ipynb #80527f00
 def finetune_learner(
     dls:DataLoaders, # Labelled images, floats from 0 to 1; a `Normalize` is replaced by the encoder's. Changed in place
     encoder, # What is fine-tuned, see `make_classifier`: a model, a file of weights, a run's folder, a vision transformer of timm; copied
@@ -375,7 +378,8 @@ def finetune_learner(
     moms:tuple=(.9, .9, .9), # Momentum over `fit_one_cycle`
 ) -> FinetuneLearner:
     "A learner that fine-tunes an encoder for classification"
-    if not 0 < layer_decay <= 1: raise ValueError(f"layer_decay={layer_decay} is outside (0, 1]: give the rate of a layer over that of the next, e.g. 0.75, or 1 for equal rates")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay} is outside (0, 1]: give the rate of a layer over that of the next, e.g. 0.75, or 1 for equal rates")
     if precision not in _precisions: raise ValueError(f"precision {precision!r} is unknown: choose one of {', '.join(_precisions)}")
     seed = seed if seed is not None else getattr(dls.train, 'seed', 42)
     _check_loaders(dls)
@@ -389,13 +393,13 @@ def finetune_learner(
     _install_randaug(dls.train, randaug, model)
     prepare_dls(dls, model, None, seed)
     learn = FinetuneLearner(dls, model, ClassLoss(), opt_func=partial(LayerOptim, opt=partial(torch.optim.AdamW, betas=betas, fused=True), layer_decay=layer_decay),
-                            lr=lr, wd=wd, splitter=layer_groups, metrics=metrics, path=path, model_dir=model_dir, moms=moms,
+                            lr=lr, wd=wd, splitter=layer_groups, train_bn=False, metrics=metrics, path=path, model_dir=model_dir, moms=moms,
                             cbs=[LabelBatch(), FiniteGuard(clip), *([mix] if mixup or cutmix or smoothing or erasing else []), *average, *L(cbs)])
     return _precisions[precision](learn)
 
 _precisions = dict(fp32=lambda learn: learn, bf16=lambda learn: learn.to_bf16(), fp16=lambda learn: learn.to_fp16())
 
-# %% ../nbs/15c_finetune.ipynb #e7f9ad3a
+# %% ../nbs/15c_finetune.ipynb #2e1dda16
 @patch
 def show_mixed(self:FinetuneLearner,
     max_n:int=8, # Images to show
@@ -404,11 +408,12 @@ def show_mixed(self:FinetuneLearner,
     "Training images as they are trained on, above them the classes with the largest shares"
     model,dl = get_model(self.model), self.dls.train
     x,y = (plain(o) for o in dl.one_batch())
-    with seeded('step', dl.seed, dl.this_epoch, 0, device=x.device): x,y = self.mix_batch.mix(x, y) if hasattr(self, 'mix_batch') else (x, mixup_target(y, len(model.vocab)))
+    mix = self.mix_batch if hasattr(self, 'mix_batch') else MixBatch(len(model.vocab), smoothing=0.)
+    with seeded('step', dl.seed, dl.this_epoch, 0, device=x.device): x,y = mix.mix(x, y)
     words = lambda o: '  '.join(f'{model.vocab[i]} {o[i]:.0%}' for i in o.argsort(descending=True)[:2] if o[i] > 1.5*o.min())
     return contact_sheet([[to_pil(o) for o in from_stats(model, x[:max_n])]], [words(o) for o in y[:max_n]], height=height)
 
-# %% ../nbs/15c_finetune.ipynb #e82f484a
+# %% ../nbs/15c_finetune.ipynb #950cdc4a
 @patch
 @remembered
 def fit_paper(self:FinetuneLearner,
@@ -424,7 +429,7 @@ def fit_paper(self:FinetuneLearner,
     "Train with the papers' schedule: linear warm-up, cosine to a floor, learning rate scaled by batch / 256"
     SeededLearner.fit_paper(self, n_epoch, base_lr, warmup, floor, bs, wd, cbs, start_epoch)
 
-# %% ../nbs/15c_finetune.ipynb #88bdf411
+# %% ../nbs/15c_finetune.ipynb #7281fd63
 def classify(
     model:Classifier, # A fine-tuned model
     image, # PIL image, path, array, or tensor `(C, H, W)` with values from 0 to 1
@@ -443,7 +448,7 @@ def predict(self:FinetuneLearner,
     with self.no_bar(), self.no_logging(): p = self.get_preds(dl=self.dls.test_dl([item], num_workers=0))[0][0]
     return model.vocab[p.argmax().item()], plain(p)
 
-# %% ../nbs/15c_finetune.ipynb #61da428f
+# %% ../nbs/15c_finetune.ipynb #56ab2a7e
 def load_classifier(
     path:str|Path, # A file of `save_model`, e.g. the `best.safetensors` of a run
     device='cpu', # Where to put the model
@@ -451,7 +456,7 @@ def load_classifier(
     "Load a fine-tuned model, after checking that it is whole"
     return Classifier(load_model(path)).to(device).eval()
 
-# %% ../nbs/15c_finetune.ipynb #9f3aa893
+# %% ../nbs/15c_finetune.ipynb #265a535f
 @dataclass(frozen=True)
 class FinetuneRecipe:
     "Settings of a fine-tuning for classification; the learning rate is that of the head, for the recipe's batch"
@@ -492,7 +497,7 @@ class FinetuneRecipe:
         bs,epochs = bs or self.batch, epochs or self.epochs
         return replace(self, batch=bs, min_lr=self.min_lr*bs/self.batch, epochs=epochs, warmup_epochs=self.warmup_epochs*epochs/self.epochs)
 
-# %% ../nbs/15c_finetune.ipynb #4db26ec3
+# %% ../nbs/15c_finetune.ipynb #8e63f33e
 _mae = dict(source="arXiv 2111.06377 and its authors' instructions")
 _bootmae = dict(ema='run', source="arXiv 2207.07116 and its authors' scripts")
 
@@ -515,7 +520,7 @@ def finetune_recipe(
         if k not in known: raise TypeError(f"field {k!r} is unknown: choose one of {', '.join(known[1:])}")
     return replace(name, **overrides)
 
-# %% ../nbs/15c_finetune.ipynb #744d5205
+# %% ../nbs/15c_finetune.ipynb #5558cfd5
 def finetune_recipe_learner(
     dls:DataLoaders, # Labelled images
     encoder, # What is fine-tuned, see `make_classifier`
