@@ -8,7 +8,7 @@ __all__ = ['finetune_recipes', 'Classifier', 'make_classifier', 'layer_number', 
            'finetune_learner', 'classify', 'load_classifier', 'FinetuneRecipe', 'finetune_recipe',
            'finetune_recipe_learner']
 
-# %% ../nbs/15c_finetune.ipynb #a8cd40cc
+# %% ../nbs/15c_finetune.ipynb #a71b6e93
 import copy, math
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -46,7 +46,7 @@ from .patches import grid_size
 from .vit import Encoder, as_encoder, own_seed, zero_key_bias_grads
 from .viz import contact_sheet, from_stats, model_input, to_pil
 
-# %% ../nbs/15c_finetune.ipynb #fa011ca6
+# %% ../nbs/15c_finetune.ipynb #d617fdad
 class Classifier(MaskedAutoencoder):
     "An encoder with a head for classes; perhaps with a moving average of both, which then answers in `eval` mode"
     def __init__(self,
@@ -81,7 +81,7 @@ class Classifier(MaskedAutoencoder):
         res.config = self.config
         return res
 
-# %% ../nbs/15c_finetune.ipynb #3bf15aba
+# %% ../nbs/15c_finetune.ipynb #a428e474
 def _source(encoder, stats):
     "An encoder, wherever it is, as a model that knows sizes and statistics"
     if isinstance(encoder, str|Path): encoder = load_teacher(encoder)
@@ -95,7 +95,7 @@ def _source(encoder, stats):
         raise ValueError(f"a {type(vit).__name__} of timm is not a plain vision transformer: choose e.g. vit_small_patch16_224, or train it with fastai's vision_learner")
     return from_timm(vit, 'mae', targets=())
 
-# %% ../nbs/15c_finetune.ipynb #e285bc9f
+# %% ../nbs/15c_finetune.ipynb #c8a78039
 _heads = 'head', 'fc_norm', 'attn_pool'
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def _take_over(model, source, with_head):
     if wrong := misfit(own, new | afresh): raise ValueError(f"the encoder's weights do not fit a {model.config['arch']} of its sizes: {wrong}")
     enc.vit.load_state_dict(new | afresh)
 
-# %% ../nbs/15c_finetune.ipynb #011020dd
+# %% ../nbs/15c_finetune.ipynb #92fa43a9
 def _label(o): return o.item() if isinstance(o, np.generic) else o if isinstance(o, str|int|float) else str(o)
 
 def _check_vocab(vocab):
@@ -134,7 +134,7 @@ def _kept_head(source, names):
                          "or leave keep_head out for a new head")
     return dict(head, vocab=names)
 
-# %% ../nbs/15c_finetune.ipynb #75a836b5
+# %% ../nbs/15c_finetune.ipynb #0900484a
 _pools = dict(mean=dict(global_pool='avg', fc_norm=True), cls=dict(global_pool='token', fc_norm=False))
 _sizes = 'arch', 'patch_size', 'width', 'depth', 'heads', 'class_token', 'mlp_ratio'
 
@@ -143,7 +143,7 @@ def make_classifier(
     vocab:list, # Names of the classes
     img_size:int|tuple|None=None, # Image size in pixels, `(height, width)`; `None` = that of the encoder
     in_chans:int|None=None, # Channels of the images; `None` = those of the encoder
-    pool:str='mean', # 'mean' of the patch tokens, then a new LayerNorm; or 'cls': the class token, then the pretrained norm
+    pool:str='mean', # 'mean' of the patch tokens, then a new LayerNorm; or 'cls': the class token, then the pretrained norm. A kept head keeps its own
     drop_path:float=.1, # Highest rate of stochastic depth, reached in the last block
     keep_head:bool=False, # Keep the head of a fine-tuned encoder, whose classes must be these
     stats:tuple|None=None, # Input statistics `(mean, std)`, each a tuple of a number per channel; `None` = those of the encoder
@@ -166,7 +166,7 @@ def make_classifier(
         with own_seed(seed): nn.init.trunc_normal_(model.encoder.vit.head.weight, std=2e-5)
     return Classifier(model, average)
 
-# %% ../nbs/15c_finetune.ipynb #0e4b7f8e
+# %% ../nbs/15c_finetune.ipynb #dfec19c1
 def layer_number(
     name:str, # Name of a parameter of a timm vision transformer, of an `Encoder` or of a model that holds one
     depth:int, # Blocks
@@ -187,7 +187,7 @@ def layer_groups(
         groups[2*layer_number(n, enc.depth) + exempt].append(p)
     return groups
 
-# %% ../nbs/15c_finetune.ipynb #5c9fa5ef
+# %% ../nbs/15c_finetune.ipynb #0949dd7d
 class LayerOptim(OptimWrapper):
     "An optimiser of torch over `layer_groups`, whose learning rate falls from layer to layer"
     def __init__(self,
@@ -221,13 +221,13 @@ class LayerOptim(OptimWrapper):
         "Freeze the first layers"
         super().freeze_to(2*n)
 
-# %% ../nbs/15c_finetune.ipynb #fba7d650
+# %% ../nbs/15c_finetune.ipynb #74e08513
 class ClassLoss(nn.CrossEntropyLoss):
     "Cross-entropy with a label, or with a share for each class"
     def activation(self, x): return x.softmax(-1)
     def decodes(self, x): return x.argmax(-1)
 
-# %% ../nbs/15c_finetune.ipynb #1fc820da
+# %% ../nbs/15c_finetune.ipynb #540a894d
 class MixBatch(Callback):
     "Erase, mix and smooth batches in training"
     order,run_valid = MixedPrecision.order - .5, False
@@ -267,7 +267,7 @@ class MixBatch(Callback):
 
     def after_loss(self): self.learn.yb = self.labels
 
-# %% ../nbs/15c_finetune.ipynb #38bbf9c9
+# %% ../nbs/15c_finetune.ipynb #a8c34d65
 class RandAugment(Transform):
     "timm's RandAugment of the PIL image, in training"
     split_idx,order = 0, ToTensor.order - 1
@@ -293,7 +293,7 @@ def _install_randaug(dl, spec, model):
     dl.after_item.fs = L(fs)
     dl.after_item.add(RandAugment(spec, model.img_size, model.method.mean))
 
-# %% ../nbs/15c_finetune.ipynb #a908969b
+# %% ../nbs/15c_finetune.ipynb #9fb432f4
 class AverageWeights(MomentumTeacher):
     "Keep a moving average of the weights of a `Classifier`"
     def __init__(self,
@@ -313,7 +313,7 @@ def average_decay(
     "The decay of an average that remembers 8 % of a run"
     return max(0., 1 - 1/max(1., .08*n_steps))
 
-# %% ../nbs/15c_finetune.ipynb #576f21df
+# %% ../nbs/15c_finetune.ipynb #1fc97c16
 class LabelBatch(FitStart):
     "What a fit for classes needs beside fastai's own loop"
     @property
@@ -323,7 +323,7 @@ class LabelBatch(FitStart):
 class FinetuneLearner(SeededLearner):
     "A fastai `Learner` for classes, made by `finetune_learner`"
 
-# %% ../nbs/15c_finetune.ipynb #cb29c222
+# %% ../nbs/15c_finetune.ipynb #67385f9d
 def _check_loaders(dls):
     for i,dl in enumerate(dls.loaders):
         if not isinstance(dl, TfmdDL): raise TypeError(f"loader {i} is a {type(dl).__name__}: finetune_learner needs fastai loaders, e.g. of ImageDataLoaders")
@@ -348,7 +348,7 @@ def _vocab_of(dls, vocab):
     if (c := getattr(dls, 'c', None)): return list(range(c))
     raise ValueError("the loaders do not tell their classes: say them, vocab=['cat', 'dog', …]")
 
-# %% ../nbs/15c_finetune.ipynb #fd759cca
+# %% ../nbs/15c_finetune.ipynb #3f2ddaf1
 def finetune_learner(
     dls:DataLoaders, # Labelled images, floats from 0 to 1; a `Normalize` is replaced by the encoder's. Changed in place
     encoder, # What is fine-tuned, see `make_classifier`: a model, a file of weights, a run's folder, a vision transformer of timm; copied
@@ -399,7 +399,7 @@ def finetune_learner(
 
 _precisions = dict(fp32=lambda learn: learn, bf16=lambda learn: learn.to_bf16(), fp16=lambda learn: learn.to_fp16())
 
-# %% ../nbs/15c_finetune.ipynb #ebc2c289
+# %% ../nbs/15c_finetune.ipynb #75a69e42
 @patch
 def show_mixed(self:FinetuneLearner,
     max_n:int=8, # Images to show
@@ -413,7 +413,7 @@ def show_mixed(self:FinetuneLearner,
     words = lambda o: '  '.join(f'{model.vocab[i]} {o[i]:.0%}' for i in o.argsort(descending=True)[:2] if o[i] > 1.5*o.min())
     return contact_sheet([[to_pil(o) for o in from_stats(model, x[:max_n])]], [words(o) for o in y[:max_n]], height=height)
 
-# %% ../nbs/15c_finetune.ipynb #1993dc06
+# %% ../nbs/15c_finetune.ipynb #8978f0a0
 @patch
 @remembered
 def fit_paper(self:FinetuneLearner,
@@ -429,7 +429,7 @@ def fit_paper(self:FinetuneLearner,
     "Train with the papers' schedule: linear warm-up, cosine to a floor, learning rate scaled by batch / 256"
     SeededLearner.fit_paper(self, n_epoch, base_lr, warmup, floor, bs, wd, cbs, start_epoch)
 
-# %% ../nbs/15c_finetune.ipynb #e2d34945
+# %% ../nbs/15c_finetune.ipynb #6a618b99
 def classify(
     model:Classifier, # A fine-tuned model
     image, # PIL image, path, array, or tensor `(C, H, W)` with values from 0 to 1
@@ -448,7 +448,7 @@ def predict(self:FinetuneLearner,
     with self.no_bar(), self.no_logging(): p = self.get_preds(dl=self.dls.test_dl([item], num_workers=0))[0][0]
     return model.vocab[p.argmax().item()], plain(p)
 
-# %% ../nbs/15c_finetune.ipynb #eb05d592
+# %% ../nbs/15c_finetune.ipynb #2377a2bd
 def load_classifier(
     path:str|Path, # A file of `save_model`, e.g. the `best.safetensors` of a run
     device='cpu', # Where to put the model
@@ -456,7 +456,7 @@ def load_classifier(
     "Load a fine-tuned model, after checking that it is whole"
     return Classifier(load_model(path)).to(device).eval()
 
-# %% ../nbs/15c_finetune.ipynb #42c9fb71
+# %% ../nbs/15c_finetune.ipynb #4f41d927
 @dataclass(frozen=True)
 class FinetuneRecipe:
     "Settings of a fine-tuning for classification; the learning rate is that of the head, for the recipe's batch"
@@ -497,7 +497,7 @@ class FinetuneRecipe:
         bs,epochs = bs or self.batch, epochs or self.epochs
         return replace(self, batch=bs, min_lr=self.min_lr*bs/self.batch, epochs=epochs, warmup_epochs=self.warmup_epochs*epochs/self.epochs)
 
-# %% ../nbs/15c_finetune.ipynb #339bca86
+# %% ../nbs/15c_finetune.ipynb #1b7b12d9
 _mae = dict(source="arXiv 2111.06377 and its authors' instructions")
 _bootmae = dict(ema='run', source="arXiv 2207.07116 and its authors' scripts")
 
@@ -520,7 +520,7 @@ def finetune_recipe(
         if k not in known: raise TypeError(f"field {k!r} is unknown: choose one of {', '.join(known[1:])}")
     return replace(name, **overrides)
 
-# %% ../nbs/15c_finetune.ipynb #3ed040e9
+# %% ../nbs/15c_finetune.ipynb #ee5d3cc0
 def finetune_recipe_learner(
     dls:DataLoaders, # Labelled images
     encoder, # What is fine-tuned, see `make_classifier`
