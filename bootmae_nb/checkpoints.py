@@ -61,7 +61,7 @@ def save_model(
     **info # What else the JSON should tell, e.g. how the model was trained
 ) -> Path: # The file written
     "Save encoder, decoders and teacher as one safetensors file, and a readable JSON of the configuration beside it"
-    path = Path(path)
+    path,model = Path(path), model.for_file()
     if path.suffix != '.safetensors': path = path.with_name(path.name + '.safetensors')
     tensors = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     refuse_non_finite(tensors, path)
@@ -439,7 +439,7 @@ def load_teacher(
         if path.is_dir() or is_ours(path): return load_model(path)
         if not path.is_file():
             if path.suffix not in ('.pth', '.pt', '.safetensors') and not path.is_absolute(): return _pretrained(str(source), grid)
-            raise CheckpointError(f"{path} is not there: give the file of a teacher, or a name of timm's")
+            raise CheckpointError(f"{path} is not there: give a file of weights, or a name of timm's")
     parts = read_weights(source)
     layout = {'timm': 'mae'}.get(guess_layout(parts['model']), guess_layout(parts['model']))
     return from_authors(dict(model={k: v for k,v in parts['model'].items() if _our_name(k, layout).startswith('encoder.')}), layout, num_heads)
@@ -538,6 +538,7 @@ def to_timm(
     num_classes:int=0, # Classes of a new, untrained head; 0 = none, or the classifier of a fine-tuned model
 ) -> nn.Module: # A timm `VisionTransformer`
     "The encoder as an ordinary timm model"
+    model = model.for_file() if hasattr(model, 'for_file') else model
     vit = copy.deepcopy(getattr(model, 'encoder', model).vit)
     if num_classes: vit.reset_classifier(num_classes)
     return vit.requires_grad_(True)

@@ -25,7 +25,7 @@ from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.utils import num_cpus
 from .data import SeededDL
-from .learner import MimLearner
+from .learner import SeededLearner
 
 # %% ../nbs/13a_distributed.ipynb #8533a3ef
 def launched() -> bool:
@@ -201,9 +201,9 @@ class StopTogether(Callback):
 
 # %% ../nbs/13a_distributed.ipynb #2dc81f47
 @patch
-def to_distributed(self:MimLearner,
+def to_distributed(self:SeededLearner,
     **kwargs # As for `MimDistributed`
-) -> MimLearner: # The same learner
+) -> SeededLearner: # The same learner
     "Let fits of this learner share their steps with the other processes"
     device = local_device(self.dls.device)
     trainer = MimDistributed(**dict(cpu=device.type == 'cpu') | kwargs)
@@ -220,7 +220,7 @@ def _move(learn, device):
 
 # %% ../nbs/13a_distributed.ipynb #06629cd8
 @patch
-def detach_distributed(self:MimLearner) -> MimLearner: # The same learner
+def detach_distributed(self:SeededLearner) -> SeededLearner: # The same learner
     "Undo `to_distributed`"
     if not hasattr(self, 'mim_distributed'): return self
     self.mim_distributed.unwrap(); self.stop_together.ignore()
@@ -234,7 +234,7 @@ def detach_distributed(self:MimLearner) -> MimLearner: # The same learner
 # %% ../nbs/13a_distributed.ipynb #2a0e2715
 @patch
 @contextmanager
-def distrib_ctx(self:MimLearner,
+def distrib_ctx(self:SeededLearner,
     **kwargs # As for `MimDistributed`
 ):
     "Train together with the other processes inside; alone, it does nothing"
@@ -246,7 +246,7 @@ def distrib_ctx(self:MimLearner,
 
 # %% ../nbs/13a_distributed.ipynb #640d583a
 @patch
-def __getstate__(self:MimLearner):
+def __getstate__(self:SeededLearner):
     ours = MimDistributed, StopTogether
     left_out = {'n_processes', 'outside', *(cb.name for cb in self.cbs if isinstance(cb, ours))}
     return {k: v for k,v in Learner.__getstate__(self).items() if k not in left_out} | dict(cbs=L(cb for cb in self.cbs if not isinstance(cb, ours)))

@@ -145,6 +145,10 @@ class MaskedAutoencoder(nn.Module):
     @property
     def in_chans(self): return self.encoder.in_chans
 
+    def for_file(self):
+        "What `save_model` and `to_timm` take of this model: all of it, unless a subclass says otherwise"
+        return self
+
     def train(self, mode=True):
         "The teacher always stays in `eval`"
         super().train(mode)
@@ -289,7 +293,7 @@ def mim_model(
     heads:int|None=None, # Attention heads of the encoder; `None` is the arch's own
     class_token:bool|None=None, # Whether the encoder has a class token; `None` is as the arch has it
     mlp_ratio:float|None=None, # Width of the encoder's MLPs over its width; `None` is the arch's own
-    classifier:dict|None=None, # For an encoder alone that was fine-tuned: `num_classes`, `global_pool` and `fc_norm` of timm
+    classifier:dict|None=None, # For an encoder alone that was fine-tuned: `num_classes`, `global_pool` and `fc_norm` of timm, and `vocab`, the names of the classes
     seed:int|None=None, # Seed of the initialisation; `None` uses torch's global generator
     **ablations # Columns of the method to replace, e.g. `pixel_inject=None`; `teacher` may also be a model: `MaskedAutoencoder`, `Encoder` or timm's
 ) -> MaskedAutoencoder:
@@ -304,7 +308,7 @@ def mim_model(
     row = replace(row, mean=_stats(row.mean, in_chans), std=_stats(row.std, in_chans))
     size = dict(arch=arch, img_size=pair(img_size, 'image size'), in_chans=in_chans, patch_size=patch_size, width=width, depth=depth, heads=heads,
                 class_token=class_token)
-    extra = (classifier or {}) | ({} if mlp_ratio is None else dict(mlp_ratio=mlp_ratio))
+    extra = {k: v for k,v in (classifier or {}).items() if k != 'vocab'} | ({} if mlp_ratio is None else dict(mlp_ratio=mlp_ratio))
     with own_seed(seed):
         enc = make_encoder(**size, drop_path_rate=row.drop_path, **extra)
         row = replace(row, with_cls=row.with_cls and enc.has_cls)

@@ -28,13 +28,13 @@ from fastcore.foundation import L
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 import bootmae_nb
-from .callbacks import CPUBFloat16, FeatureWeight, MomentumTeacher, StagedTeacher, is_fit
+from .callbacks import CPUBFloat16, FeatureWeight, FitStart, MomentumTeacher, StagedTeacher, is_fit
 from .checkpoints import file_digest, misfit, non_finite, save_model
 from .data import listed_items, unlabelled
 from .distributed import any_process, from_each, from_rank0
 from .files import CheckpointError, write_whole
 from .guards import FiniteGuard
-from .learner import MimLearner
+from .learner import SeededLearner
 from .models import plain, teach_self
 from .recipes import Recipe
 
@@ -284,12 +284,18 @@ def _settings_of(cb):
     return {k: getattr(cb, k) for k in names}
 
 # %% ../nbs/14a_runs.ipynb #eea078b5
+def _start(learn): return learn._grab_cbs(FitStart)[0]
+
+def _mask_words(learn, model):
+    "How a run masks, if it does"
+    if (cb := getattr(learn, 'mim_batch', None)) is not None: return _plain_repr(cb.masker or model.method.masker)
+
 def run_settings(
-    learn:MimLearner, # A learner in a fit
+    learn:SeededLearner, # A learner in a fit
 ) -> dict: # JSON
     "Everything that a run has to keep to go on as it was"
     train,opt,model = learn.dls.train, learn.opt, get_model(learn.model)
-    res = dict(model=model.config, trained=sum(p.requires_grad for p in model.parameters()), mask=_plain_repr(learn.mim_batch.masker or model.method.masker),
+    res = dict(model=model.config, trained=sum(p.requires_grad for p in model.parameters()), mask=_mask_words(learn, model),
                images=[_data(dl) for dl in learn.dls], batch_size=train.bs, seed=train.seed, processes=learn.n_processes,
                augmentation=_pipeline(train.after_item), transforms=[o for o in _pipeline(train.after_batch) if not o.startswith('MaskBatch')],
                optimizer=dict(name=type(getattr(opt, 'opt', opt)).__name__, wd=learn.wd, lr=learn.lr, moms=learn.moms) |
@@ -390,7 +396,7 @@ class Pending:
 
 # %% ../nbs/14a_runs.ipynb #55a02702
 class RunState(Callback):
-    "Save the whole state of a run now and then, and when it is stopped, for `MimLearner.resume`"
+    "Save the whole state of a run now and then, and when it is stopped, for `SeededLearner.resume`"
     order = 100                                                         # after everything else that belongs to a batch or an epoch
     def __init__(self,
         folder:str|Path, # Folder of the run
@@ -472,7 +478,7 @@ class RunState(Callback):
         if place['epoch'] > self.n_epoch: raise ResumeError(f"{self.folder} is in epoch {place['epoch'] + 1} already, and n_epoch is {self.n_epoch}: give more epochs")
         learn.first_batch = place['batch'] if as_it_was else round(place['batch']*n_iter/place['n_iter'])
         if not as_it_was: get_model(learn.model).zero_grad()
-        learn.train_iter,learn.mim_batch.first = place['train_iter'], place['first']
+        learn.train_iter,_start(learn).first = place['train_iter'], place['first']
         self.pct = place['pct_train'] if as_it_was else (place['epoch'] + learn.first_batch/n_iter)/self.n_epoch
         self.position,self.last_step,self.first_step = (place['epoch'], learn.first_batch), place['train_iter'], place['train_iter']
 
@@ -568,7 +574,7 @@ class RunState(Callback):
     def _write(self, ranks):
         learn,model = self.learn, get_model(self.model)
         place = dict(epoch=self.position[0], batch=self.position[1], n_epoch=self.n_epoch, n_iter=len(self.dls.train), pct_train=float(self.pct_train),
-                     train_iter=self.train_iter, first=learn.mim_batch.first)
+                     train_iter=self.train_iter, first=_start(learn).first)
         content = {name: take(learn) for name,(take,_) in _parts.items()} | dict(config=_encode(model.config), ranks=ranks, place=place, top=self.top)
         tensors = {}; left = pack(content, tensors)
         if bad := non_finite({k: t for k,t in tensors.items() if k.startswith(('model.', 'optimizer.'))}):
@@ -647,7 +653,7 @@ def _in_worker(number):
 
 # %% ../nbs/14a_runs.ipynb #4217d4e6
 @patch
-def resume(self:MimLearner,
+def resume(self:SeededLearner,
     folder:str|Path, # Folder of a run, as `RunState` wrote it
     allow_changes:bool=False, # Go on with other settings than the run was started with
     **again # Arguments of the fit that a file cannot hold, such as `cbs`; or, with `allow_changes`, others, such as `n_epoch`
