@@ -8,7 +8,7 @@ __all__ = ['singular_value_share', 'effective_rank', 'mean_cosine', 'patch_dista
            'plot_attention_distance', 'plot_singular_values', 'plot_effective_rank', 'plot_cosine', 'plot_cka',
            'analysis_sheet']
 
-# %% ../nbs/21_analyse.ipynb #684f1f74
+# %% ../nbs/21_analyse.ipynb #ef976618
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .evaluate import _batches, _check_loader, _check_size, _standardised, _undi
 from .models import MaskedAutoencoder, plain
 from .patches import pair
 
-# %% ../nbs/21_analyse.ipynb #f6f8f1c7
+# %% ../nbs/21_analyse.ipynb #257f7581
 def _exact(x):
     "Values as float64, for sums that should not depend on their order; on the CPU where the device has no such type"
     x = plain(x).detach()
@@ -48,7 +48,7 @@ def _shares(s):
     "Singular values as shares of their sum; 0 where all are 0"
     return s/s.sum(-1, keepdim=True).clamp(min=1e-300)
 
-# %% ../nbs/21_analyse.ipynb #a4edae7e
+# %% ../nbs/21_analyse.ipynb #18194a0e
 def _check_matrix(x):
     if x.ndim < 2 or not x.numel(): raise ValueError(f"features of shape {tuple(x.shape)}: expected (..., N, D), the rows of one or several matrices")
     if not x.isfinite().all(): raise ValueError("the features hold NaN or infinite values: look at the model first")
@@ -67,7 +67,7 @@ def singular_value_share(
     s = F.pad(s, (0, max(0, k - s.shape[-1])))[..., :k]
     return s.cumsum(-1) if cumulative else s
 
-# %% ../nbs/21_analyse.ipynb #1afe8128
+# %% ../nbs/21_analyse.ipynb #9a181c3d
 def _entropy_rank(s):
     "Exponential of the entropy of normalised singular values `(..., K)`; 0 where all are 0"
     p = _shares(s)
@@ -82,7 +82,7 @@ def effective_rank(
     _check_matrix(x)
     return _entropy_rank(_singular(_exact(x), centred, unit))
 
-# %% ../nbs/21_analyse.ipynb #16b3d758
+# %% ../nbs/21_analyse.ipynb #32b97dfe
 def _pair_mean(total, n):
     "Mean cosine of pairs from the sum `(..., D)` of `n` unit vectors; NaN for fewer than two"
     return (total.square().sum(-1) - n)/(n*(n - 1)) if n > 1 else torch.full(total.shape[:-1], float('nan'), dtype=total.dtype, device=total.device)
@@ -94,7 +94,7 @@ def mean_cosine(
     _check_matrix(x)
     return _pair_mean(F.normalize(_exact(x), dim=-1).sum(-2), x.shape[-2])
 
-# %% ../nbs/21_analyse.ipynb #942ced5b
+# %% ../nbs/21_analyse.ipynb #1d56da63
 def patch_distances(
     grid:int|tuple, # Rows and columns of patches
     patch_size:int|tuple=1, # Height and width of a patch in pixels; 1 = distances in patches
@@ -104,7 +104,7 @@ def patch_distances(
     at = torch.cartesian_prod(torch.arange(h).double()*ph, torch.arange(w).double()*pw)
     return torch.cdist(at, at, compute_mode='donot_use_mm_for_euclid_dist')
 
-# %% ../nbs/21_analyse.ipynb #f5b6f676
+# %% ../nbs/21_analyse.ipynb #9556b9a8
 def _distance_sums(q, k, bias, scale, n_prefix, dist, renormalise, max_values=2**24):
     "Mean distance of each head, summed over images: `(heads, units)`, from queries and keys `(B, heads, N, d)` and distances `(units, L, L)`"
     B,h,N,d = q.shape; L,first = N - n_prefix, n_prefix*renormalise
@@ -117,10 +117,10 @@ def _distance_sums(q, k, bias, scale, n_prefix, dist, renormalise, max_values=2*
             w = q[b, :, r].float()*(d**-.5 if scale is None else scale) @ k[b].mT
             if bias is not None: w = w.masked_fill(~bias[b, :, r], -torch.inf) if bias.dtype == torch.bool else w + bias[b, :, r].float()
             w = w.softmax(-1)[..., n_prefix - first:]
-            res += torch.einsum('bhqk,uqk->bhu', w, dist[:, r]).double().sum(0)/L
+            for u,o in enumerate(dist): res[:, u] += (w*o[r]).sum(-1).double().sum((0, 2))/L
     return res
 
-# %% ../nbs/21_analyse.ipynb #687ffd2e
+# %% ../nbs/21_analyse.ipynb #9e72051a
 class _SeeAttention(TorchFunctionMode):
     "Show the arguments of every call of torch's attention to a function"
     def __init__(self, see): super().__init__(); self.see = see
@@ -137,7 +137,7 @@ def _fused(vit):
     finally:
         for m in apart: m.fused_attn = False
 
-# %% ../nbs/21_analyse.ipynb #39dd4ee9
+# %% ../nbs/21_analyse.ipynb #11ec24ce
 @contextmanager
 def _watching(vit, visit):
     "Show tokens after each block, and queries and keys in it, to `visit`"
@@ -159,7 +159,7 @@ def _watching(vit, visit):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/21_analyse.ipynb #a70ac656
+# %% ../nbs/21_analyse.ipynb #e16fa1a5
 @dataclass
 class _Net:
     "A network to look into"
@@ -180,7 +180,7 @@ class _Net:
 
 def _inner(model): return getattr(model, 'module', getattr(model, '_orig_mod', model))       # out of DistributedDataParallel or torch.compile
 
-# %% ../nbs/21_analyse.ipynb #8e830ea0
+# %% ../nbs/21_analyse.ipynb #ef5ce703
 def _open(name, model, which, stats):
     "A network of a model, after checks"
     if which not in ('student', 'teacher'): raise ValueError(f"which={which!r} is unknown: choose 'student' (the encoder) or 'teacher'")
@@ -196,7 +196,7 @@ def _open(name, model, which, stats):
     if not len(vit.blocks): raise ValueError(f"the {which} of {name} has no blocks, only its embedding: there is nothing to look at block by block")
     return _Net(name, model, vit, student, stats, which)
 
-# %% ../nbs/21_analyse.ipynb #27f97e7b
+# %% ../nbs/21_analyse.ipynb #02e1114c
 def _named(models):
     "Pairs of a name and a model"
     if isinstance(models, dict): models = list(models.items())
@@ -213,7 +213,7 @@ def _nets(models, which, stats):
     models = _named(models)
     return [_open(n if len(which) == 1 else w if len(models) == 1 else f'{n} {w}', m, w, stats) for n,m in models for w in which]
 
-# %% ../nbs/21_analyse.ipynb #0b605721
+# %% ../nbs/21_analyse.ipynb #2a0e88ce
 def _as_data(images):
     "Images in a form that `evaluate` reads"
     if not (isinstance(images, list|tuple) and images and all(isinstance(o, Tensor) and o.ndim == 3 for o in images)): return images
@@ -226,7 +226,7 @@ def _length(data, bs):
     if isinstance(data, Tensor): return len(data)
     if isinstance(data, list|tuple) and data and isinstance(data[0], Tensor): return len(data[0])
 
-# %% ../nbs/21_analyse.ipynb #9984ab51
+# %% ../nbs/21_analyse.ipynb #3472078d
 def _run(nets, visits, images, bs, quiet, least=1, each=lambda: None):
     "Every network on every image: all see the same batches, in one pass over the data; `each` is called after each. Returns the number of images"
     data = _as_data(images); _check_loader(data, all(o.stats for o in nets))
@@ -247,7 +247,7 @@ def _run(nets, visits, images, bs, quiet, least=1, each=lambda: None):
     enough(n)
     return n
 
-# %% ../nbs/21_analyse.ipynb #559f1722
+# %% ../nbs/21_analyse.ipynb #77251d8f
 class _Visit:
     "What all that look into a network share"
     attends = False
@@ -265,7 +265,7 @@ class _Visit:
         p = x[:, self.prefix:]
         return p, p.mean(1) if self.pool == 'mean' else x[:, 0]
 
-# %% ../nbs/21_analyse.ipynb #50159609
+# %% ../nbs/21_analyse.ipynb #ca68944f
 class _Figures(_Visit):
     "Figures of each block of a network, gathered over batches"
     def __init__(self, net, want, pool='mean', k=5, centred=False, unit=True, renormalise=True):
@@ -306,7 +306,7 @@ class _Figures(_Visit):
             return _entropy_rank(_roots(gram - self.n*mean[:, None]*mean if centred else gram, gram.trace())).cpu()
         return torch.stack([rank(i) for i in range(self.depth)])
 
-# %% ../nbs/21_analyse.ipynb #c1c2ccc2
+# %% ../nbs/21_analyse.ipynb #8c8d2bff
 def _figures(models, images, want, which, stats, bs, quiet, least=1, **how):
     "Figures of all networks"
     nets = _nets(models, which, stats)
@@ -315,7 +315,7 @@ def _figures(models, images, want, which, stats, bs, quiet, least=1, **how):
     for o in visits: o.n = n
     return visits
 
-# %% ../nbs/21_analyse.ipynb #de81fc21
+# %% ../nbs/21_analyse.ipynb #388dd4c5
 def attention_distance(
     model:nn.Module, # A `MaskedAutoencoder`, an `Encoder`, or a vision transformer of timm
     images, # Images `(N, C, H, W)`, a list of `(C, H, W)`, or a loader of batches; values from 0 to 1
@@ -331,7 +331,7 @@ def attention_distance(
     res, = _figures(model, images, {'attention'}, which, stats, bs, quiet, renormalise=renormalise)
     return res.distance()[..., int(unit == 'patches')]
 
-# %% ../nbs/21_analyse.ipynb #3a4c294c
+# %% ../nbs/21_analyse.ipynb #dfab0828
 def singular_values(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`
@@ -348,7 +348,7 @@ def singular_values(
     res, = _figures(model, images, {'spectrum'}, which, stats, bs, quiet, k=k, centred=centred, unit=unit)
     return res.shares().cumsum(-1) if cumulative else res.shares()
 
-# %% ../nbs/21_analyse.ipynb #c5b024f7
+# %% ../nbs/21_analyse.ipynb #841bcfde
 def effective_ranks(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`
@@ -364,7 +364,7 @@ def effective_ranks(
     res, = _figures(model, images, {'spectrum', 'pooled'}, which, stats, bs, quiet, pool=pool, centred=bool(centred), unit=unit)
     return dict(tokens=res.images_of('rank'), images=res.pooled_rank(centred is not False))
 
-# %% ../nbs/21_analyse.ipynb #39df77b2
+# %% ../nbs/21_analyse.ipynb #7e232931
 def mean_cosines(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`, two or more
@@ -378,7 +378,7 @@ def mean_cosines(
     res, = _figures(model, images, {'cosine', 'pooled'}, which, stats, bs, quiet, 2, pool=pool)
     return dict(tokens=res.images_of('cosine'), images=res.cosine())
 
-# %% ../nbs/21_analyse.ipynb #fca40277
+# %% ../nbs/21_analyse.ipynb #11368be8
 def _centred_grams(x, debiased):
     "Centred Gram matrices `(..., n, n)` of features `(..., n, D)`, whose products are HSIC times a factor; NaN where features do not differ"
     n,total = x.shape[-2], x.square().sum((-1, -2))
@@ -392,7 +392,7 @@ def _centred_grams(x, debiased):
         g.diagonal(dim1=-2, dim2=-1).zero_()
     return torch.where(same[..., None, None], float('nan'), g)
 
-# %% ../nbs/21_analyse.ipynb #d3fbc210
+# %% ../nbs/21_analyse.ipynb #7ba0acbc
 def _hsic(a, b, debiased):
     "HSIC of linear kernels from features `(n, D)` and `(n, E)`, centred: a `(D, E)` matrix and no `(n, n)` one"
     n,cross = len(a), (a.T @ b).square().sum()
@@ -401,7 +401,7 @@ def _hsic(a, b, debiased):
     # rows of a centred Gram matrix sum to 0, so without the diagonal to what that held, negative
     return (cross + ka.sum()*kb.sum()/((n - 1)*(n - 2)) - n/(n - 2)*(ka @ kb))/(n*(n - 3))
 
-# %% ../nbs/21_analyse.ipynb #3214a0fd
+# %% ../nbs/21_analyse.ipynb #bb1b109e
 def _check_pair(a, b, debiased, batch):
     for o in (a, b):
         if o.ndim != 2 or not o.numel(): raise ValueError(f"features of shape {tuple(o.shape)}: expected (N, D), one row for each image")
@@ -422,7 +422,7 @@ def _groups(n, batch):
     ends = [*range(batch, n - 3, batch), n]
     return list(zip([0, *ends], ends))
 
-# %% ../nbs/21_analyse.ipynb #2dec190c
+# %% ../nbs/21_analyse.ipynb #36902484
 def cka(
     a:Tensor, # Features `(N, D)`, a row for each image
     b:Tensor, # Features `(N, E)` of the same images
@@ -440,7 +440,7 @@ def cka(
         sums += (j - i)*torch.stack([_hsic(x, y, debiased), _hsic(x, x, debiased), _hsic(y, y, debiased)])
     return (sums[0]/(sums[1]*sums[2]).sqrt()).item()
 
-# %% ../nbs/21_analyse.ipynb #7a96f13a
+# %% ../nbs/21_analyse.ipynb #17f7b7d0
 class _Grams(_Visit):
     "Pooled features of each block, kept until there are enough for a group"
     def __init__(self, net, pool): super().__init__(net, pool); self.kept = [[] for _ in net.vit.blocks]
@@ -470,7 +470,7 @@ class _Pairs:
         self.fold(len(self.b))
         return self.sums[0]/(self.sums[1][:, None]*self.sums[2]).sqrt()
 
-# %% ../nbs/21_analyse.ipynb #5e03a407
+# %% ../nbs/21_analyse.ipynb #4cd27dca
 def cka_matrix(
     model_a:nn.Module, # As for `attention_distance`
     model_b:nn.Module, # Another, of any depth and width, or the same
@@ -493,7 +493,7 @@ def cka_matrix(
     _run(nets, (a, b), images, bs, quiet, 4 if debiased else 2, pairs.ready)
     return pairs.result()
 
-# %% ../nbs/21_analyse.ipynb #9f297c0f
+# %% ../nbs/21_analyse.ipynb #d3810d13
 def student_teacher(
     model:MaskedAutoencoder, # A model with a teacher
     images, # As for `cka_matrix`
@@ -502,16 +502,16 @@ def student_teacher(
     "CKA of a model's encoder with its teacher, block by block"
     return cka_matrix(model, model, images, ('student', 'teacher'), **kwargs)
 
-# %% ../nbs/21_analyse.ipynb #926648bd
+# %% ../nbs/21_analyse.ipynb #8a9b847d
 def _table(figures):
     "The rows of one network"
     depth,d = figures.depth, figures.distance()
-    uniform = patch_distances(figures.grid, figures.size).mean().item()
+    even = patch_distances(figures.grid, figures.size).mean().item()
     res = pd.DataFrame(dict(model=figures.net.name, block=range(depth), depth=[(i + 1)/depth for i in range(depth)],
-                            attention_px=d[..., 0].mean(1), attention_patches=d[..., 1].mean(1), even_px=uniform))
-    for k,o in enumerate(figures.shares().cumsum(-1).T, 1): res[f'top{k}'] = o
-    return res.assign(rank_tokens=figures.images_of('rank').mean(1), rank_images=figures.pooled_rank(True), cosine_tokens=figures.images_of('cosine').mean(1),
-                      cosine_images=figures.cosine(), heads_px=[tuple(o) for o in d[..., 0].tolist()])
+                            attention_px=d[..., 0].mean(1).numpy(), attention_patches=d[..., 1].mean(1).numpy(), even_px=even))
+    for k,o in enumerate(figures.shares().cumsum(-1).T.numpy(), 1): res[f'top{k}'] = o
+    more = dict(rank_tokens=figures.images_of('rank').mean(1), rank_images=figures.pooled_rank(True), cosine_tokens=figures.images_of('cosine').mean(1), cosine_images=figures.cosine())
+    return res.assign(**{k: o.numpy() for k,o in more.items()}, heads_px=[tuple(o) for o in d[..., 0].tolist()])
 
 def analyse(
     models, # A model as for `attention_distance`, a list of them, or a dictionary of names and models
@@ -529,7 +529,7 @@ def analyse(
     figures = _figures(models, images, {'attention', 'spectrum', 'cosine', 'pooled'}, which, stats, bs, quiet, 2, k=k, centred=centred, unit=unit, pool=pool)
     return pd.concat([_table(o) for o in figures], ignore_index=True)
 
-# %% ../nbs/21_analyse.ipynb #3251b9b6
+# %% ../nbs/21_analyse.ipynb #ab5bf2cb
 _colours = '#0072b2', '#e69f00', '#222222', '#cc79a7', '#56b4e9'
 _markers = 'o', 's', '^', 'D', 'v', 'P', 'X'
 
@@ -551,7 +551,7 @@ def _depth_axis(ax, table, relative):
 def _legend(ax, table):
     if table.model.nunique() > 1: ax.legend(frameon=False, fontsize=8)
 
-# %% ../nbs/21_analyse.ipynb #2200859c
+# %% ../nbs/21_analyse.ipynb #d85ca79f
 def _lines(table, column, ax, relative, ylabel):
     "One column of the table, a line for each model"
     ax = _axis(ax); x = _depth_axis(ax, table, relative)
@@ -560,7 +560,7 @@ def _lines(table, column, ax, relative, ylabel):
     _legend(ax, table)
     return ax
 
-# %% ../nbs/21_analyse.ipynb #2cf90dad
+# %% ../nbs/21_analyse.ipynb #79fcd803
 def plot_attention_distance(
     table:pd.DataFrame, # From `analyse`
     ax=None, # A matplotlib axis; `None` makes a figure
@@ -580,7 +580,7 @@ def plot_attention_distance(
     if len(size) == 1: ax.secondary_yaxis('right', functions=(lambda d: d/size[0], lambda d: d*size[0])).set_ylabel('patches')
     return ax
 
-# %% ../nbs/21_analyse.ipynb #113e5375
+# %% ../nbs/21_analyse.ipynb #d87ae0d0
 def plot_singular_values(
     table:pd.DataFrame, # From `analyse`
     ax=None, # A matplotlib axis; `None` makes a figure
@@ -598,7 +598,7 @@ def plot_singular_values(
     _legend(ax, table)
     return ax
 
-# %% ../nbs/21_analyse.ipynb #0d33d4ee
+# %% ../nbs/21_analyse.ipynb #b257da05
 def plot_effective_rank(
     table:pd.DataFrame, # From `analyse`
     of:str='tokens', # 'tokens' of one image, or 'images': their pooled features
@@ -626,7 +626,7 @@ def plot_cosine(
 def _check_of(of):
     if of not in ('tokens', 'images'): raise ValueError(f"of={of!r} is unknown: choose 'tokens' or 'images'")
 
-# %% ../nbs/21_analyse.ipynb #5d02bd29
+# %% ../nbs/21_analyse.ipynb #866358de
 def plot_cka(
     matrix:Tensor, # From `cka_matrix` or `student_teacher`, `(depth_a, depth_b)`
     names:tuple=('first', 'second'), # What the two models are called
@@ -643,7 +643,7 @@ def plot_cka(
     ax.figure.colorbar(im, ax=ax, label='CKA', pad=.02)
     return ax
 
-# %% ../nbs/21_analyse.ipynb #cb6e1e77
+# %% ../nbs/21_analyse.ipynb #a05bf31b
 def _cka_pairs(nets):
     "Which networks to compare: the first with each other one, or one with itself"
     return [(nets[0], o) for o in nets[1:]] or [(nets[0], nets[0])]
