@@ -8,11 +8,12 @@ __all__ = ['singular_value_share', 'effective_rank', 'mean_cosine', 'patch_dista
            'plot_attention_distance', 'plot_singular_values', 'plot_effective_rank', 'plot_cosine', 'plot_cka',
            'analysis_sheet']
 
-# %% ../nbs/21_analyse.ipynb #ef976618
+# %% ../nbs/21_analyse.ipynb #548cbc74
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from .evaluate import _batches, _check_loader, _check_size, _standardised, _undi
 from .models import MaskedAutoencoder, plain
 from .patches import pair
 
-# %% ../nbs/21_analyse.ipynb #257f7581
+# %% ../nbs/21_analyse.ipynb #6784a606
 def _exact(x):
     "Values as float64, for sums that should not depend on their order; on the CPU where the device has no such type"
     x = plain(x).detach()
@@ -48,7 +49,7 @@ def _shares(s):
     "Singular values as shares of their sum; 0 where all are 0"
     return s/s.sum(-1, keepdim=True).clamp(min=1e-300)
 
-# %% ../nbs/21_analyse.ipynb #18194a0e
+# %% ../nbs/21_analyse.ipynb #4dbb74ee
 def _check_matrix(x):
     if x.ndim < 2 or not x.numel(): raise ValueError(f"features of shape {tuple(x.shape)}: expected (..., N, D), the rows of one or several matrices")
     if not x.isfinite().all(): raise ValueError("the features hold NaN or infinite values: look at the model first")
@@ -67,7 +68,7 @@ def singular_value_share(
     s = F.pad(s, (0, max(0, k - s.shape[-1])))[..., :k]
     return s.cumsum(-1) if cumulative else s
 
-# %% ../nbs/21_analyse.ipynb #9a181c3d
+# %% ../nbs/21_analyse.ipynb #2b959978
 def _entropy_rank(s):
     "Exponential of the entropy of normalised singular values `(..., K)`; 0 where all are 0"
     p = _shares(s)
@@ -82,7 +83,7 @@ def effective_rank(
     _check_matrix(x)
     return _entropy_rank(_singular(_exact(x), centred, unit))
 
-# %% ../nbs/21_analyse.ipynb #32b97dfe
+# %% ../nbs/21_analyse.ipynb #d3138d5d
 def _pair_mean(total, n):
     "Mean cosine of pairs from the sum `(..., D)` of `n` unit vectors; NaN for fewer than two"
     return (total.square().sum(-1) - n)/(n*(n - 1)) if n > 1 else torch.full(total.shape[:-1], float('nan'), dtype=total.dtype, device=total.device)
@@ -94,7 +95,7 @@ def mean_cosine(
     _check_matrix(x)
     return _pair_mean(F.normalize(_exact(x), dim=-1).sum(-2), x.shape[-2])
 
-# %% ../nbs/21_analyse.ipynb #1d56da63
+# %% ../nbs/21_analyse.ipynb #3fa4ea4f
 def patch_distances(
     grid:int|tuple, # Rows and columns of patches
     patch_size:int|tuple=1, # Height and width of a patch in pixels; 1 = distances in patches
@@ -104,7 +105,7 @@ def patch_distances(
     at = torch.cartesian_prod(torch.arange(h).double()*ph, torch.arange(w).double()*pw)
     return torch.cdist(at, at, compute_mode='donot_use_mm_for_euclid_dist')
 
-# %% ../nbs/21_analyse.ipynb #9556b9a8
+# %% ../nbs/21_analyse.ipynb #aba84e86
 def _distance_sums(q, k, bias, scale, n_prefix, dist, renormalise, max_values=2**24):
     "Mean distance of each head, summed over images: `(heads, units)`, from queries and keys `(B, heads, N, d)` and distances `(units, L, L)`"
     B,h,N,d = q.shape; L,first = N - n_prefix, n_prefix*renormalise
@@ -120,7 +121,7 @@ def _distance_sums(q, k, bias, scale, n_prefix, dist, renormalise, max_values=2*
             for u,o in enumerate(dist): res[:, u] += (w*o[r]).sum(-1).double().sum((0, 2))/L
     return res
 
-# %% ../nbs/21_analyse.ipynb #9e72051a
+# %% ../nbs/21_analyse.ipynb #f26fe6f8
 class _SeeAttention(TorchFunctionMode):
     "Show the arguments of every call of torch's attention to a function"
     def __init__(self, see): super().__init__(); self.see = see
@@ -137,7 +138,7 @@ def _fused(vit):
     finally:
         for m in apart: m.fused_attn = False
 
-# %% ../nbs/21_analyse.ipynb #11ec24ce
+# %% ../nbs/21_analyse.ipynb #a5a6d586
 @contextmanager
 def _watching(vit, visit):
     "Show tokens after each block, and queries and keys in it, to `visit`"
@@ -159,7 +160,7 @@ def _watching(vit, visit):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/21_analyse.ipynb #e16fa1a5
+# %% ../nbs/21_analyse.ipynb #8e39f0c8
 @dataclass
 class _Net:
     "A network to look into"
@@ -180,7 +181,7 @@ class _Net:
 
 def _inner(model): return getattr(model, 'module', getattr(model, '_orig_mod', model))       # out of DistributedDataParallel or torch.compile
 
-# %% ../nbs/21_analyse.ipynb #ef5ce703
+# %% ../nbs/21_analyse.ipynb #cda9dddc
 def _open(name, model, which, stats):
     "A network of a model, after checks"
     if which not in ('student', 'teacher'): raise ValueError(f"which={which!r} is unknown: choose 'student' (the encoder) or 'teacher'")
@@ -196,7 +197,7 @@ def _open(name, model, which, stats):
     if not len(vit.blocks): raise ValueError(f"the {which} of {name} has no blocks, only its embedding: there is nothing to look at block by block")
     return _Net(name, model, vit, student, stats, which)
 
-# %% ../nbs/21_analyse.ipynb #02e1114c
+# %% ../nbs/21_analyse.ipynb #0d000771
 def _named(models):
     "Pairs of a name and a model"
     if isinstance(models, dict): models = list(models.items())
@@ -213,7 +214,7 @@ def _nets(models, which, stats):
     models = _named(models)
     return [_open(n if len(which) == 1 else w if len(models) == 1 else f'{n} {w}', m, w, stats) for n,m in models for w in which]
 
-# %% ../nbs/21_analyse.ipynb #2a0e88ce
+# %% ../nbs/21_analyse.ipynb #cf42b957
 def _as_data(images):
     "Images in a form that `evaluate` reads"
     if not (isinstance(images, list|tuple) and images and all(isinstance(o, Tensor) and o.ndim == 3 for o in images)): return images
@@ -221,23 +222,23 @@ def _as_data(images):
     if len(sizes) > 1: raise ValueError(f"images have {len(sizes)} shapes, e.g. {' and '.join(map(str, sorted(sizes)[:2]))}: scale and crop them to one, see fit_image")
     return torch.stack([plain(o) for o in images])
 
-def _length(data, bs):
+def _length(data):
     "Number of images, where that is known"
-    if isinstance(data, Tensor): return len(data)
-    if isinstance(data, list|tuple) and data and isinstance(data[0], Tensor): return len(data[0])
+    x = data[0] if isinstance(data, list|tuple) and data and isinstance(data[0], Tensor) else data
+    if isinstance(x, Tensor) and x.ndim == 4: return len(x)
 
-# %% ../nbs/21_analyse.ipynb #3472078d
+# %% ../nbs/21_analyse.ipynb #180b7e4f
 def _run(nets, visits, images, bs, quiet, least=1, each=lambda: None):
     "Every network on every image: all see the same batches, in one pass over the data; `each` is called after each. Returns the number of images"
     data = _as_data(images); _check_loader(data, all(o.stats for o in nets))
-    n,shape,known = 0, None, _length(data, bs)
+    n,shape,known = 0, None, _length(data)
     def enough(n):
         if n < 1: raise ValueError("there are no images: pass (N, C, H, W), or a loader that yields some (one that drops its last, incomplete batch may be empty)")
         if n < least: raise ValueError(f"{n} image{'s are' if n > 1 else ' is'} too few to compare features over images: pass {least} or more, better hundreds")
     if known is not None: enough(known)
     with ExitStack() as stack:
         for o in nets: stack.enter_context(_undisturbed(o.model, data, o.device))
-        bar = stack.enter_context(tqdm(total=known and known*len(nets), desc='looking inside', unit='image', delay=3, leave=False,
+        bar = stack.enter_context(tqdm(total=known and known*len(nets), desc='looking inside', unit='image', delay=10, leave=False,
                                        disable=quiet or (False if in_notebook() else None)))
         for x,_ in _batches(data, bs):
             if shape not in (None, tuple(x.shape[1:])): raise ValueError(f"images of shape {tuple(x.shape[1:])} come after others of {shape}: all must be of one size")
@@ -247,7 +248,7 @@ def _run(nets, visits, images, bs, quiet, least=1, each=lambda: None):
     enough(n)
     return n
 
-# %% ../nbs/21_analyse.ipynb #77251d8f
+# %% ../nbs/21_analyse.ipynb #af7d7b7c
 class _Visit:
     "What all that look into a network share"
     attends = False
@@ -265,7 +266,7 @@ class _Visit:
         p = x[:, self.prefix:]
         return p, p.mean(1) if self.pool == 'mean' else x[:, 0]
 
-# %% ../nbs/21_analyse.ipynb #ca68944f
+# %% ../nbs/21_analyse.ipynb #5d5828d8
 class _Figures(_Visit):
     "Figures of each block of a network, gathered over batches"
     def __init__(self, net, want, pool='mean', k=5, centred=False, unit=True, renormalise=True):
@@ -306,7 +307,7 @@ class _Figures(_Visit):
             return _entropy_rank(_roots(gram - self.n*mean[:, None]*mean if centred else gram, gram.trace())).cpu()
         return torch.stack([rank(i) for i in range(self.depth)])
 
-# %% ../nbs/21_analyse.ipynb #8c8d2bff
+# %% ../nbs/21_analyse.ipynb #3d907c5e
 def _figures(models, images, want, which, stats, bs, quiet, least=1, **how):
     "Figures of all networks"
     nets = _nets(models, which, stats)
@@ -315,7 +316,7 @@ def _figures(models, images, want, which, stats, bs, quiet, least=1, **how):
     for o in visits: o.n = n
     return visits
 
-# %% ../nbs/21_analyse.ipynb #388dd4c5
+# %% ../nbs/21_analyse.ipynb #22b6818d
 def attention_distance(
     model:nn.Module, # A `MaskedAutoencoder`, an `Encoder`, or a vision transformer of timm
     images, # Images `(N, C, H, W)`, a list of `(C, H, W)`, or a loader of batches; values from 0 to 1
@@ -331,7 +332,7 @@ def attention_distance(
     res, = _figures(model, images, {'attention'}, which, stats, bs, quiet, renormalise=renormalise)
     return res.distance()[..., int(unit == 'patches')]
 
-# %% ../nbs/21_analyse.ipynb #dfab0828
+# %% ../nbs/21_analyse.ipynb #a96cdd8d
 def singular_values(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`
@@ -348,7 +349,7 @@ def singular_values(
     res, = _figures(model, images, {'spectrum'}, which, stats, bs, quiet, k=k, centred=centred, unit=unit)
     return res.shares().cumsum(-1) if cumulative else res.shares()
 
-# %% ../nbs/21_analyse.ipynb #841bcfde
+# %% ../nbs/21_analyse.ipynb #5eec7e5a
 def effective_ranks(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`
@@ -364,7 +365,7 @@ def effective_ranks(
     res, = _figures(model, images, {'spectrum', 'pooled'}, which, stats, bs, quiet, pool=pool, centred=bool(centred), unit=unit)
     return dict(tokens=res.images_of('rank'), images=res.pooled_rank(centred is not False))
 
-# %% ../nbs/21_analyse.ipynb #7e232931
+# %% ../nbs/21_analyse.ipynb #68859774
 def mean_cosines(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`, two or more
@@ -378,7 +379,7 @@ def mean_cosines(
     res, = _figures(model, images, {'cosine', 'pooled'}, which, stats, bs, quiet, 2, pool=pool)
     return dict(tokens=res.images_of('cosine'), images=res.cosine())
 
-# %% ../nbs/21_analyse.ipynb #11368be8
+# %% ../nbs/21_analyse.ipynb #ea1f7964
 def _centred_grams(x, debiased):
     "Centred Gram matrices `(..., n, n)` of features `(..., n, D)`, whose products are HSIC times a factor; NaN where features do not differ"
     n,total = x.shape[-2], x.square().sum((-1, -2))
@@ -392,7 +393,7 @@ def _centred_grams(x, debiased):
         g.diagonal(dim1=-2, dim2=-1).zero_()
     return torch.where(same[..., None, None], float('nan'), g)
 
-# %% ../nbs/21_analyse.ipynb #7ba0acbc
+# %% ../nbs/21_analyse.ipynb #38a9be3e
 def _hsic(a, b, debiased):
     "HSIC of linear kernels from features `(n, D)` and `(n, E)`, centred: a `(D, E)` matrix and no `(n, n)` one"
     n,cross = len(a), (a.T @ b).square().sum()
@@ -401,7 +402,7 @@ def _hsic(a, b, debiased):
     # rows of a centred Gram matrix sum to 0, so without the diagonal to what that held, negative
     return (cross + ka.sum()*kb.sum()/((n - 1)*(n - 2)) - n/(n - 2)*(ka @ kb))/(n*(n - 3))
 
-# %% ../nbs/21_analyse.ipynb #bb1b109e
+# %% ../nbs/21_analyse.ipynb #e1cea4af
 def _check_pair(a, b, debiased, batch):
     for o in (a, b):
         if o.ndim != 2 or not o.numel(): raise ValueError(f"features of shape {tuple(o.shape)}: expected (N, D), one row for each image")
@@ -422,7 +423,7 @@ def _groups(n, batch):
     ends = [*range(batch, n - 3, batch), n]
     return list(zip([0, *ends], ends))
 
-# %% ../nbs/21_analyse.ipynb #36902484
+# %% ../nbs/21_analyse.ipynb #fe44b542
 def cka(
     a:Tensor, # Features `(N, D)`, a row for each image
     b:Tensor, # Features `(N, E)` of the same images
@@ -440,7 +441,7 @@ def cka(
         sums += (j - i)*torch.stack([_hsic(x, y, debiased), _hsic(x, x, debiased), _hsic(y, y, debiased)])
     return (sums[0]/(sums[1]*sums[2]).sqrt()).item()
 
-# %% ../nbs/21_analyse.ipynb #17f7b7d0
+# %% ../nbs/21_analyse.ipynb #64d9feb1
 class _Grams(_Visit):
     "Pooled features of each block, kept until there are enough for a group"
     def __init__(self, net, pool): super().__init__(net, pool); self.kept = [[] for _ in net.vit.blocks]
@@ -454,23 +455,31 @@ class _Grams(_Visit):
         return x[:, :n]
 
 class _Pairs:
-    "HSIC of all pairs of blocks, summed over groups of images"
-    def __init__(self, a, b, debiased, batch): self.a,self.b,self.debiased,self.batch,self.sums = a, b, debiased, batch, [0., 0., 0.]
+    "HSIC of all blocks of some networks with all blocks of others, summed over groups of images"
+    def __init__(self, visits, pairs, debiased, batch): self.visits,self.pairs,self.debiased,self.batch,self.sums = visits, pairs, debiased, batch, defaultdict(float)
 
     def fold(self, n):
-        ga,gb = (_centred_grams(o.take(n), self.debiased).flatten(1) for o in (self.a, self.b))
+        grams = [_centred_grams(o.take(n), self.debiased).flatten(1) for o in self.visits]
         scale = 1/(n - 3) if self.debiased else 1.           # HSIC is a mean of products, weighed by the images of the group
-        for i,o in enumerate((ga @ gb.T, ga.square().sum(1), gb.square().sum(1))): self.sums[i] = self.sums[i] + o*scale
+        for i,g in enumerate(grams): self.sums[i] = self.sums[i] + g.square().sum(1)*scale
+        for i,j in self.pairs: self.sums[i, j] = self.sums[i, j] + grams[i] @ grams[j].T*scale
 
     def ready(self):
         if self.batch is not None:
-            while len(self.b) >= self.batch + 4: self.fold(self.batch)
+            while len(self.visits[0]) >= self.batch + 4: self.fold(self.batch)
 
     def result(self):
-        self.fold(len(self.b))
-        return self.sums[0]/(self.sums[1][:, None]*self.sums[2]).sqrt()
+        self.fold(len(self.visits[0]))
+        return [self.sums[i, j]/(self.sums[i][:, None]*self.sums[j]).sqrt() for i,j in self.pairs]
 
-# %% ../nbs/21_analyse.ipynb #4cd27dca
+def _cka_matrices(nets, pairs, images, bs, quiet, debiased=True, batch=256, pool='mean'):
+    "CKA matrices of pairs of networks, given by their numbers, in one pass over the images"
+    visits = [_Grams(o, pool) for o in nets]
+    res = _Pairs(visits, pairs, debiased, batch)
+    _run(nets, visits, images, bs, quiet, 4 if debiased else 2, res.ready)
+    return res.result()
+
+# %% ../nbs/21_analyse.ipynb #faf16f9d
 def cka_matrix(
     model_a:nn.Module, # As for `attention_distance`
     model_b:nn.Module, # Another, of any depth and width, or the same
@@ -488,12 +497,10 @@ def cka_matrix(
     which = which if isinstance(which, list|tuple) else (which, which)
     if len(which) != 2: raise ValueError(f"which={which!r} names {len(which)} networks: give one word, or two, e.g. ('student', 'teacher')")
     nets = [_open(*o, stats) for o in zip(('the first model', 'the second model'), (model_a, model_b), which)]
-    a,b = (_Grams(o, pool) for o in nets)
-    pairs = _Pairs(a, b, debiased, batch)
-    _run(nets, (a, b), images, bs, quiet, 4 if debiased else 2, pairs.ready)
-    return pairs.result()
+    if nets[0].vit is nets[1].vit: return _cka_matrices(nets[:1], [(0, 0)], images, bs, quiet, debiased, batch, pool)[0]
+    return _cka_matrices(nets, [(0, 1)], images, bs, quiet, debiased, batch, pool)[0]
 
-# %% ../nbs/21_analyse.ipynb #d3810d13
+# %% ../nbs/21_analyse.ipynb #b27386d5
 def student_teacher(
     model:MaskedAutoencoder, # A model with a teacher
     images, # As for `cka_matrix`
@@ -502,7 +509,7 @@ def student_teacher(
     "CKA of a model's encoder with its teacher, block by block"
     return cka_matrix(model, model, images, ('student', 'teacher'), **kwargs)
 
-# %% ../nbs/21_analyse.ipynb #8a9b847d
+# %% ../nbs/21_analyse.ipynb #07922f64
 def _table(figures):
     "The rows of one network"
     depth,d = figures.depth, figures.distance()
@@ -510,7 +517,8 @@ def _table(figures):
     res = pd.DataFrame(dict(model=figures.net.name, block=range(depth), depth=[(i + 1)/depth for i in range(depth)],
                             attention_px=d[..., 0].mean(1).numpy(), attention_patches=d[..., 1].mean(1).numpy(), even_px=even))
     for k,o in enumerate(figures.shares().cumsum(-1).T.numpy(), 1): res[f'top{k}'] = o
-    more = dict(rank_tokens=figures.images_of('rank').mean(1), rank_images=figures.pooled_rank(True), cosine_tokens=figures.images_of('cosine').mean(1), cosine_images=figures.cosine())
+    more = dict(rank_tokens=figures.images_of('rank').mean(1), rank_images=figures.pooled_rank(True),
+                cosine_tokens=figures.images_of('cosine').mean(1), cosine_images=figures.cosine())
     return res.assign(**{k: o.numpy() for k,o in more.items()}, heads_px=[tuple(o) for o in d[..., 0].tolist()])
 
 def analyse(
@@ -529,7 +537,7 @@ def analyse(
     figures = _figures(models, images, {'attention', 'spectrum', 'cosine', 'pooled'}, which, stats, bs, quiet, 2, k=k, centred=centred, unit=unit, pool=pool)
     return pd.concat([_table(o) for o in figures], ignore_index=True)
 
-# %% ../nbs/21_analyse.ipynb #ab5bf2cb
+# %% ../nbs/21_analyse.ipynb #4b23d452
 _colours = '#0072b2', '#e69f00', '#222222', '#cc79a7', '#56b4e9'
 _markers = 'o', 's', '^', 'D', 'v', 'P', 'X'
 
@@ -551,7 +559,7 @@ def _depth_axis(ax, table, relative):
 def _legend(ax, table):
     if table.model.nunique() > 1: ax.legend(frameon=False, fontsize=8)
 
-# %% ../nbs/21_analyse.ipynb #d85ca79f
+# %% ../nbs/21_analyse.ipynb #36709425
 def _lines(table, column, ax, relative, ylabel):
     "One column of the table, a line for each model"
     ax = _axis(ax); x = _depth_axis(ax, table, relative)
@@ -560,7 +568,7 @@ def _lines(table, column, ax, relative, ylabel):
     _legend(ax, table)
     return ax
 
-# %% ../nbs/21_analyse.ipynb #79fcd803
+# %% ../nbs/21_analyse.ipynb #0f64c186
 def plot_attention_distance(
     table:pd.DataFrame, # From `analyse`
     ax=None, # A matplotlib axis; `None` makes a figure
@@ -572,15 +580,14 @@ def plot_attention_distance(
     for _,rows,colour,marker in _models(table):
         at = [(i, d) for i,heads in zip(rows[x], rows.heads_px) for d in heads]
         ax.scatter(*zip(*at), s=14, color=colour, marker=marker, alpha=.35, linewidths=0)
-    for even in table.even_px.unique():
-        ax.axhline(even, color='#777777', linestyle=':', linewidth=1)
-        ax.annotate('even', (1, even), xycoords=('axes fraction', 'data'), xytext=(-2, 2), textcoords='offset points', ha='right', fontsize=8, color='#777777')
-    ax.set_ylim(bottom=0)
+    for i,even in enumerate(table.even_px.unique()): ax.axhline(even, color='#777777', linestyle=':', linewidth=1.2, label=None if i else 'even attention')
+    ax.legend(frameon=False, fontsize=8)
+    ax.set_ylim(0, 1.15*max(table.even_px.max(), max(map(max, table.heads_px))))
     size = (table.attention_px/table.attention_patches).round(4).unique()
     if len(size) == 1: ax.secondary_yaxis('right', functions=(lambda d: d/size[0], lambda d: d*size[0])).set_ylabel('patches')
     return ax
 
-# %% ../nbs/21_analyse.ipynb #d87ae0d0
+# %% ../nbs/21_analyse.ipynb #67aa0a73
 def plot_singular_values(
     table:pd.DataFrame, # From `analyse`
     ax=None, # A matplotlib axis; `None` makes a figure
@@ -588,17 +595,25 @@ def plot_singular_values(
 ): # The axis
     "Share of the largest singular values by block: for one model the first 1 to k, for several the first alone (full) and the first k (dashed)"
     ks = sorted(int(o[3:]) for o in table.columns if o.startswith('top')); several = table.model.nunique() > 1
-    ax = _axis(ax); x = _depth_axis(ax, table, relative)
+    ax,ends = _axis(ax), []; x = _depth_axis(ax, table, relative)
     for name,rows,colour,marker in _models(table):
         for k in sorted({ks[0], ks[-1]}) if several else ks:
             style = dict(linestyle='-' if k == ks[0] else '--') if several else dict(alpha=1 - .75*(k - 1)/len(ks))
             ax.plot(rows[x], rows[f'top{k}'], color=colour, marker=marker, markersize=4, linewidth=1.5, label=name if k == ks[0] else None, **style)
-            ax.annotate(f'top {k}', (rows[x].iloc[-1], rows[f'top{k}'].iloc[-1]), xytext=(6, 0), textcoords='offset points', va='center', fontsize=7.5, color=colour)
+            ends.append((rows[f'top{k}'].iloc[-1], rows[x].iloc[-1], f'top {k}', colour))
+    _end_labels(ax, ends)
     ax.set(ylabel='share of singular values', ylim=(0, 1)); ax.yaxis.set_major_formatter(PercentFormatter(1))
     _legend(ax, table)
     return ax
 
-# %% ../nbs/21_analyse.ipynb #b257da05
+def _end_labels(ax, ends, apart=.05):
+    "Name lines at their ends, given as height, place, name and colour, without names on top of each other"
+    low = max(0, (len(ends) - 1)*apart - 1)
+    for y,x,name,colour in sorted(ends):
+        at = max(y, low); low = at + apart
+        ax.annotate(name, (x, at), xytext=(6, 0), textcoords='offset points', va='center', fontsize=7.5, color=colour, annotation_clip=False)
+
+# %% ../nbs/21_analyse.ipynb #c68b98d2
 def plot_effective_rank(
     table:pd.DataFrame, # From `analyse`
     of:str='tokens', # 'tokens' of one image, or 'images': their pooled features
@@ -626,7 +641,7 @@ def plot_cosine(
 def _check_of(of):
     if of not in ('tokens', 'images'): raise ValueError(f"of={of!r} is unknown: choose 'tokens' or 'images'")
 
-# %% ../nbs/21_analyse.ipynb #866358de
+# %% ../nbs/21_analyse.ipynb #4cb2ef72
 def plot_cka(
     matrix:Tensor, # From `cka_matrix` or `student_teacher`, `(depth_a, depth_b)`
     names:tuple=('first', 'second'), # What the two models are called
@@ -637,16 +652,24 @@ def plot_cka(
     if m.ndim != 2: raise ValueError(f"a matrix of shape {tuple(m.shape)}: pass what cka_matrix returns, (blocks of one, blocks of the other)")
     ax = _axis(ax, (4.2, 3.5))
     ax.set_facecolor('#cccccc')
-    im = ax.imshow(m.numpy(), origin='lower', cmap='viridis', vmin=0, vmax=1, aspect='auto')
+    im = ax.imshow(m.numpy(), origin='lower', cmap='viridis', vmin=0, vmax=1)
     ax.set(xlabel=f'block of {names[1]}', ylabel=f'block of {names[0]}')
+    if max(m.shape) <= 6:
+        for (i,j),v in np.ndenumerate(m.numpy()): ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=8, color='black' if v > .5 or v != v else 'white')
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(8, integer=True))
     ax.figure.colorbar(im, ax=ax, label='CKA', pad=.02)
     return ax
 
-# %% ../nbs/21_analyse.ipynb #a05bf31b
-def _cka_pairs(nets):
-    "Which networks to compare: the first with each other one, or one with itself"
-    return [(nets[0], o) for o in nets[1:]] or [(nets[0], nets[0])]
+# %% ../nbs/21_analyse.ipynb #cd8f5b0d
+def _sheet_pairs(nets):
+    "Networks and which of them to compare: the first with each other one, and where there is room, one with itself"
+    if len(nets) == 1 and nets[0].which == 'student' and getattr(_inner(nets[0].model), 'teacher', None) is not None and len(_inner(nets[0].model).teacher.vit.blocks):
+        nets = [*nets, _open('its teacher', nets[0].model, 'teacher', nets[0].stats or False)]
+    n = len(nets)
+    return nets, ([(0, i) for i in range(1, n)] + [(i, i) for i in range(n)])[:max(3, n - 1)]
+
+_questions = 'How far does attention reach?', 'How much lies along few directions?', 'How many directions do tokens use?', \
+    'How alike are images?', 'How alike are the tokens of an image?', 'In how many directions do images differ?'
 
 def analysis_sheet(
     models, # As for `analyse`
@@ -654,21 +677,26 @@ def analysis_sheet(
     which:str|tuple='student', # 'student', 'teacher', or both: `('student', 'teacher')`
     relative:bool|None=None, # Depth as a share of blocks; `None` = where models differ in depth
     table:pd.DataFrame|None=None, # What `analyse` returned for the same, if that is known already
+    pool:str='mean', # Feature of an image: 'mean' of the patch tokens, or 'cls'
+    stats:tuple|bool|None=None, # As for `attention_distance`
+    bs:int=64, # Images at a time, where `images` is no loader
     quiet:bool=False, # Show no progress
-    **kwargs # Arguments that `analyse` and `cka_matrix` share: `pool`, `stats`, `bs`
 ) -> Figure: # Save it with `savefig`
-    "All figures as one picture: attention, singular values, ranks, cosines, and CKA of the first model with each other (of one with itself)"
-    nets = _nets(models, which, kwargs.get('stats'))
-    if table is None: table = analyse(models, images, which, quiet=quiet, **kwargs)
-    ckas = {(a.name, b.name): cka_matrix(a.model, b.model, images, (a.which, b.which), quiet=quiet, **kwargs) for a,b in _cka_pairs(nets)}
+    "All figures as one picture: attention, singular values, ranks, cosines, and CKA of the first model with each other (of one also with its teacher)"
+    nets,pairs = _sheet_pairs(_nets(models, which, stats))
+    ckas = _cka_matrices(nets, pairs, images, bs, quiet, pool=pool)
+    if table is None: table = analyse(models, images, which, pool=pool, stats=stats, bs=bs, quiet=quiet)
     more = -(-len(ckas)//3)
-    fig = Figure(figsize=(13, 3.4*(2 + more) + .4), layout='constrained')
-    axs = fig.subplots(2 + more, 3).flatten()
+    fig = Figure(figsize=(13, 3.3*(2 + more) + .4), layout='constrained')
+    upper,lower = fig.subfigures(2, 1, height_ratios=(2, more), hspace=.03)
+    axs = upper.subplots(2, 3).flatten()
     plot_attention_distance(table, axs[0], relative); plot_singular_values(table, axs[1], relative); plot_effective_rank(table, 'tokens', axs[2], relative)
     plot_cosine(table, 'images', axs[3], relative); plot_cosine(table, 'tokens', axs[4], relative); plot_effective_rank(table, 'images', axs[5], relative)
-    for (names,m),ax in zip(ckas.items(), axs[6:]): plot_cka(m, names, ax)
-    for ax in axs[6 + len(ckas):]: ax.remove()
-    _one_legend(fig, axs[:6])
+    for ax,title in zip(axs, _questions): ax.set_title(title, fontsize=10, loc='left')
+    below = lower.subplots(more, 3, squeeze=False).flatten()
+    for (i,j),m,ax in zip(pairs, ckas, below): plot_cka(m, (nets[i].name, nets[j].name), ax).set_title('Which blocks are alike?', fontsize=10, loc='left')
+    for ax in below[len(ckas):]: ax.remove()
+    _one_legend(upper, axs)
     return fig
 
 def _one_legend(fig, axs):
