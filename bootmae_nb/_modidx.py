@@ -25,6 +25,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'bootmae_nb.analyse._Pairs.fold': ('analyse.html#_pairs.fold', 'bootmae_nb/analyse.py'),
                                     'bootmae_nb.analyse._Pairs.ready': ('analyse.html#_pairs.ready', 'bootmae_nb/analyse.py'),
                                     'bootmae_nb.analyse._Pairs.result': ('analyse.html#_pairs.result', 'bootmae_nb/analyse.py'),
+                                    'bootmae_nb.analyse._Picture': ('analyse.html#_picture', 'bootmae_nb/analyse.py'),
+                                    'bootmae_nb.analyse._Picture._repr_png_': ('analyse.html#_picture._repr_png_', 'bootmae_nb/analyse.py'),
                                     'bootmae_nb.analyse._SeeAttention': ('analyse.html#_seeattention', 'bootmae_nb/analyse.py'),
                                     'bootmae_nb.analyse._SeeAttention.__init__': ( 'analyse.html#_seeattention.__init__',
                                                                                    'bootmae_nb/analyse.py'),
