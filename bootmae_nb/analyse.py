@@ -8,7 +8,7 @@ __all__ = ['singular_value_share', 'effective_rank', 'mean_cosine', 'patch_dista
            'plot_attention_distance', 'plot_singular_values', 'plot_effective_rank', 'plot_cosine', 'plot_cka',
            'analysis_sheet']
 
-# %% ../nbs/21_analyse.ipynb #1736e27a
+# %% ../nbs/21_analyse.ipynb #24b6cc57
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .evaluate import _batches, _check_loader, _check_size, _standardised, _undi
 from .models import MaskedAutoencoder, plain
 from .patches import pair
 
-# %% ../nbs/21_analyse.ipynb #55070d65
+# %% ../nbs/21_analyse.ipynb #ce226f56
 def _exact(x):
     "Values as float64, for sums that should not depend on their order; on the CPU where the device has no such type"
     x = plain(x).detach()
@@ -50,7 +50,7 @@ def _shares(s):
     "Singular values as shares of their sum; 0 where all are 0"
     return s/s.sum(-1, keepdim=True).clamp(min=1e-300)
 
-# %% ../nbs/21_analyse.ipynb #362f6b64
+# %% ../nbs/21_analyse.ipynb #8f941a08
 def _check_matrix(x):
     if x.ndim < 2 or not x.numel(): raise ValueError(f"features of shape {tuple(x.shape)}: expected (..., N, D), the rows of one or several matrices")
     if not x.isfinite().all(): raise ValueError("the features hold NaN or infinite values: look at the model first")
@@ -69,7 +69,7 @@ def singular_value_share(
     s = F.pad(s, (0, max(0, k - s.shape[-1])))[..., :k]
     return s.cumsum(-1) if cumulative else s
 
-# %% ../nbs/21_analyse.ipynb #15a67383
+# %% ../nbs/21_analyse.ipynb #8af62c43
 def _entropy_rank(s):
     "Exponential of the entropy of normalised singular values `(..., K)`; 0 where all are 0"
     p = _shares(s)
@@ -84,7 +84,7 @@ def effective_rank(
     _check_matrix(x)
     return _entropy_rank(_singular(_exact(x), centred, unit))
 
-# %% ../nbs/21_analyse.ipynb #e8ac45b7
+# %% ../nbs/21_analyse.ipynb #f5c76e3d
 def _pair_mean(total, n):
     "Mean cosine of pairs from the sum `(..., D)` of `n` unit vectors; NaN for fewer than two"
     return (total.square().sum(-1) - n)/(n*(n - 1)) if n > 1 else torch.full(total.shape[:-1], float('nan'), dtype=total.dtype, device=total.device)
@@ -96,7 +96,7 @@ def mean_cosine(
     _check_matrix(x)
     return _pair_mean(F.normalize(_exact(x), dim=-1).sum(-2), x.shape[-2])
 
-# %% ../nbs/21_analyse.ipynb #977c7cef
+# %% ../nbs/21_analyse.ipynb #89a531f6
 def patch_distances(
     grid:int|tuple, # Rows and columns of patches
     patch_size:int|tuple=1, # Height and width of a patch in pixels; 1 = distances in patches
@@ -106,7 +106,7 @@ def patch_distances(
     at = torch.cartesian_prod(torch.arange(h).double()*ph, torch.arange(w).double()*pw)
     return torch.cdist(at, at, compute_mode='donot_use_mm_for_euclid_dist')
 
-# %% ../nbs/21_analyse.ipynb #39e541a3
+# %% ../nbs/21_analyse.ipynb #4e35d69e
 def _distance_sums(q, k, bias, scale, n_prefix, dist, renormalise, max_values=2**24):
     "Mean distance of each head, summed over images: `(heads, units)`, from queries and keys `(B, heads, N, d)` and distances `(units, L, L)`"
     B,h,N,d = q.shape; L,first = N - n_prefix, n_prefix*renormalise
@@ -122,7 +122,7 @@ def _distance_sums(q, k, bias, scale, n_prefix, dist, renormalise, max_values=2*
             for u,o in enumerate(dist): res[:, u] += (w*o[r]).sum(-1).double().sum((0, 2))/L
     return res
 
-# %% ../nbs/21_analyse.ipynb #6fac6402
+# %% ../nbs/21_analyse.ipynb #13699e7c
 class _SeeAttention(TorchFunctionMode):
     "Show the arguments of every call of torch's attention to a function"
     def __init__(self, see): super().__init__(); self.see = see
@@ -139,7 +139,7 @@ def _fused(vit):
     finally:
         for m in apart: m.fused_attn = False
 
-# %% ../nbs/21_analyse.ipynb #cef62225
+# %% ../nbs/21_analyse.ipynb #69570ddc
 @contextmanager
 def _watching(vit, visit):
     "Show tokens after each block, and queries and keys in it, to `visit`"
@@ -161,7 +161,7 @@ def _watching(vit, visit):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/21_analyse.ipynb #c8b27a70
+# %% ../nbs/21_analyse.ipynb #32108dbd
 @dataclass
 class _Net:
     "A network to look into"
@@ -182,7 +182,7 @@ class _Net:
 
 def _inner(model): return getattr(model, 'module', getattr(model, '_orig_mod', model))       # out of DistributedDataParallel or torch.compile
 
-# %% ../nbs/21_analyse.ipynb #253fbe14
+# %% ../nbs/21_analyse.ipynb #559ab5c8
 def _open(name, model, which, stats):
     "A network of a model, after checks"
     if which not in ('student', 'teacher'): raise ValueError(f"which={which!r} is unknown: choose 'student' (the encoder) or 'teacher'")
@@ -198,7 +198,7 @@ def _open(name, model, which, stats):
     if not len(vit.blocks): raise ValueError(f"the {which} of {name} has no blocks, only its embedding: there is nothing to look at block by block")
     return _Net(name, model, vit, student, stats, which)
 
-# %% ../nbs/21_analyse.ipynb #20a5673e
+# %% ../nbs/21_analyse.ipynb #8e6b183b
 def _named(models):
     "Pairs of a name and a model"
     if isinstance(models, dict): models = list(models.items())
@@ -215,7 +215,7 @@ def _nets(models, which, stats):
     models = _named(models)
     return [_open(n if len(which) == 1 else w if len(models) == 1 else f'{n} {w}', m, w, stats) for n,m in models for w in which]
 
-# %% ../nbs/21_analyse.ipynb #218c55da
+# %% ../nbs/21_analyse.ipynb #be25cdb6
 def _as_data(images):
     "Images in a form that `evaluate` reads"
     if not (isinstance(images, list|tuple) and images and all(isinstance(o, Tensor) and o.ndim == 3 for o in images)): return images
@@ -228,7 +228,7 @@ def _length(data):
     x = data[0] if isinstance(data, list|tuple) and data and isinstance(data[0], Tensor) else data
     if isinstance(x, Tensor) and x.ndim == 4: return len(x)
 
-# %% ../nbs/21_analyse.ipynb #b1141428
+# %% ../nbs/21_analyse.ipynb #edf50770
 def _run(nets, visits, images, bs, quiet, least=1, each=lambda: None):
     "Every network on every image: all see the same batches, in one pass over the data; `each` is called after each. Returns the number of images"
     data = _as_data(images); _check_loader(data, all(o.stats for o in nets))
@@ -249,7 +249,7 @@ def _run(nets, visits, images, bs, quiet, least=1, each=lambda: None):
     enough(n)
     return n
 
-# %% ../nbs/21_analyse.ipynb #c5266578
+# %% ../nbs/21_analyse.ipynb #caf2e6d1
 class _Visit:
     "What all that look into a network share"
     attends = False
@@ -267,7 +267,7 @@ class _Visit:
         p = x[:, self.prefix:]
         return p, p.mean(1) if self.pool == 'mean' else x[:, 0]
 
-# %% ../nbs/21_analyse.ipynb #77e03735
+# %% ../nbs/21_analyse.ipynb #fd0c9157
 class _Figures(_Visit):
     "Figures of each block of a network, gathered over batches"
     def __init__(self, net, want, pool='mean', k=5, centred=False, unit=True, renormalise=True):
@@ -308,7 +308,7 @@ class _Figures(_Visit):
             return _entropy_rank(_roots(gram - self.n*mean[:, None]*mean if centred else gram, gram.trace())).cpu()
         return torch.stack([rank(i) for i in range(self.depth)])
 
-# %% ../nbs/21_analyse.ipynb #f8ef6989
+# %% ../nbs/21_analyse.ipynb #915ff7c0
 def _figures(models, images, want, which, stats, bs, quiet, least=1, **how):
     "Figures of all networks"
     nets = _nets(models, which, stats)
@@ -317,7 +317,7 @@ def _figures(models, images, want, which, stats, bs, quiet, least=1, **how):
     for o in visits: o.n = n
     return visits
 
-# %% ../nbs/21_analyse.ipynb #c05cb7c5
+# %% ../nbs/21_analyse.ipynb #4feaff87
 def attention_distance(
     model:nn.Module, # A `MaskedAutoencoder`, an `Encoder`, or a vision transformer of timm
     images, # Images `(N, C, H, W)`, a list of `(C, H, W)`, or a loader of batches; values from 0 to 1
@@ -333,7 +333,7 @@ def attention_distance(
     res, = _figures(model, images, {'attention'}, which, stats, bs, quiet, renormalise=renormalise)
     return res.distance()[..., int(unit == 'patches')]
 
-# %% ../nbs/21_analyse.ipynb #7e3cb04e
+# %% ../nbs/21_analyse.ipynb #a17a5e9a
 def singular_values(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`
@@ -350,7 +350,7 @@ def singular_values(
     res, = _figures(model, images, {'spectrum'}, which, stats, bs, quiet, k=k, centred=centred, unit=unit)
     return res.shares().cumsum(-1) if cumulative else res.shares()
 
-# %% ../nbs/21_analyse.ipynb #8d3ba517
+# %% ../nbs/21_analyse.ipynb #6275a9b3
 def effective_ranks(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`
@@ -366,7 +366,7 @@ def effective_ranks(
     res, = _figures(model, images, {'spectrum', 'pooled'}, which, stats, bs, quiet, pool=pool, centred=bool(centred), unit=unit)
     return dict(tokens=res.images_of('rank'), images=res.pooled_rank(centred is not False))
 
-# %% ../nbs/21_analyse.ipynb #b0ca044c
+# %% ../nbs/21_analyse.ipynb #5347090d
 def mean_cosines(
     model:nn.Module, # As for `attention_distance`
     images, # As for `attention_distance`, two or more
@@ -380,7 +380,7 @@ def mean_cosines(
     res, = _figures(model, images, {'cosine', 'pooled'}, which, stats, bs, quiet, 2, pool=pool)
     return dict(tokens=res.images_of('cosine'), images=res.cosine())
 
-# %% ../nbs/21_analyse.ipynb #1529ec97
+# %% ../nbs/21_analyse.ipynb #cc0465f6
 def _centred_grams(x, debiased):
     "Centred Gram matrices `(..., n, n)` of features `(..., n, D)`, whose products are HSIC times a factor; NaN where features do not differ"
     n,total = x.shape[-2], x.square().sum((-1, -2))
@@ -394,7 +394,7 @@ def _centred_grams(x, debiased):
         g.diagonal(dim1=-2, dim2=-1).zero_()
     return torch.where(same[..., None, None], float('nan'), g)
 
-# %% ../nbs/21_analyse.ipynb #d4d549f7
+# %% ../nbs/21_analyse.ipynb #4588223b
 def _hsic(a, b, debiased):
     "HSIC of linear kernels from features `(n, D)` and `(n, E)`, centred: a `(D, E)` matrix and no `(n, n)` one"
     n,cross = len(a), (a.T @ b).square().sum()
@@ -403,7 +403,7 @@ def _hsic(a, b, debiased):
     # rows of a centred Gram matrix sum to 0, so without the diagonal to what that held, negative
     return (cross + ka.sum()*kb.sum()/((n - 1)*(n - 2)) - n/(n - 2)*(ka @ kb))/(n*(n - 3))
 
-# %% ../nbs/21_analyse.ipynb #f1a19f51
+# %% ../nbs/21_analyse.ipynb #5ace6b0e
 def _check_pair(a, b, debiased, batch):
     for o in (a, b):
         if o.ndim != 2 or not o.numel(): raise ValueError(f"features of shape {tuple(o.shape)}: expected (N, D), one row for each image")
@@ -424,7 +424,7 @@ def _groups(n, batch):
     ends = [*range(batch, n - 3, batch), n]
     return list(zip([0, *ends], ends))
 
-# %% ../nbs/21_analyse.ipynb #eb82d600
+# %% ../nbs/21_analyse.ipynb #b0594586
 def cka(
     a:Tensor, # Features `(N, D)`, a row for each image
     b:Tensor, # Features `(N, E)` of the same images
@@ -442,7 +442,7 @@ def cka(
         sums += (j - i)*torch.stack([_hsic(x, y, debiased), _hsic(x, x, debiased), _hsic(y, y, debiased)])
     return (sums[0]/(sums[1]*sums[2]).sqrt()).item()
 
-# %% ../nbs/21_analyse.ipynb #af58554a
+# %% ../nbs/21_analyse.ipynb #f51a577e
 class _Grams(_Visit):
     "Pooled features of each block, kept until there are enough for a group"
     def __init__(self, net, pool): super().__init__(net, pool); self.kept = [[] for _ in net.vit.blocks]
@@ -480,7 +480,7 @@ def _cka_matrices(nets, pairs, images, bs, quiet, debiased=True, batch=256, pool
     _run(nets, visits, images, bs, quiet, 4 if debiased else 2, res.ready)
     return res.result()
 
-# %% ../nbs/21_analyse.ipynb #013b6366
+# %% ../nbs/21_analyse.ipynb #ce146b0b
 def cka_matrix(
     model_a:nn.Module, # As for `attention_distance`
     model_b:nn.Module, # Another, of any depth and width, or the same
@@ -501,7 +501,7 @@ def cka_matrix(
     if nets[0].vit is nets[1].vit: return _cka_matrices(nets[:1], [(0, 0)], images, bs, quiet, debiased, batch, pool)[0]
     return _cka_matrices(nets, [(0, 1)], images, bs, quiet, debiased, batch, pool)[0]
 
-# %% ../nbs/21_analyse.ipynb #6a1ab937
+# %% ../nbs/21_analyse.ipynb #3900f861
 def student_teacher(
     model:MaskedAutoencoder, # A model with a teacher
     images, # As for `cka_matrix`
@@ -510,7 +510,7 @@ def student_teacher(
     "CKA of a model's encoder with its teacher, block by block"
     return cka_matrix(model, model, images, ('student', 'teacher'), **kwargs)
 
-# %% ../nbs/21_analyse.ipynb #4062b4f1
+# %% ../nbs/21_analyse.ipynb #198fbdbe
 def _table(figures):
     "The rows of one network"
     depth,d = figures.depth, figures.distance()
@@ -538,7 +538,7 @@ def analyse(
     figures = _figures(models, images, {'attention', 'spectrum', 'cosine', 'pooled'}, which, stats, bs, quiet, 2, k=k, centred=centred, unit=unit, pool=pool)
     return pd.concat([_table(o) for o in figures], ignore_index=True)
 
-# %% ../nbs/21_analyse.ipynb #8de40b4b
+# %% ../nbs/21_analyse.ipynb #c784a78b
 _colours = '#0072b2', '#e69f00', '#222222', '#cc79a7', '#56b4e9'
 _markers = 'o', 's', '^', 'D', 'v', 'P', 'X'
 
@@ -566,7 +566,7 @@ def _depth_axis(ax, table, relative):
 def _legend(ax, table):
     if table.model.nunique() > 1: ax.legend(frameon=False, fontsize=8)
 
-# %% ../nbs/21_analyse.ipynb #ad45d1c7
+# %% ../nbs/21_analyse.ipynb #b11c1ecd
 def _lines(table, column, ax, relative, ylabel):
     "One column of the table, a line for each model"
     ax = _axis(ax); x = _depth_axis(ax, table, relative)
@@ -575,7 +575,7 @@ def _lines(table, column, ax, relative, ylabel):
     _legend(ax, table)
     return ax
 
-# %% ../nbs/21_analyse.ipynb #13b0e2ea
+# %% ../nbs/21_analyse.ipynb #5cddcc65
 def plot_attention_distance(
     table:pd.DataFrame, # From `analyse`
     ax=None, # A matplotlib axis; `None` makes a figure
@@ -594,7 +594,7 @@ def plot_attention_distance(
     if len(size) == 1: ax.secondary_yaxis('right', functions=(lambda d: d/size[0], lambda d: d*size[0])).set_ylabel('patches')
     return ax
 
-# %% ../nbs/21_analyse.ipynb #db744fb5
+# %% ../nbs/21_analyse.ipynb #a940a379
 def plot_singular_values(
     table:pd.DataFrame, # From `analyse`
     ax=None, # A matplotlib axis; `None` makes a figure
@@ -620,7 +620,7 @@ def _end_labels(ax, ends, apart=.05):
         at = max(y, low); low = at + apart
         ax.annotate(name, (x, at), xytext=(6, 0), textcoords='offset points', va='center', fontsize=7.5, color=colour, annotation_clip=False)
 
-# %% ../nbs/21_analyse.ipynb #6d1a7dad
+# %% ../nbs/21_analyse.ipynb #207531e6
 def plot_effective_rank(
     table:pd.DataFrame, # From `analyse`
     of:str='tokens', # 'tokens' of one image, or 'images': their pooled features
@@ -648,7 +648,7 @@ def plot_cosine(
 def _check_of(of):
     if of not in ('tokens', 'images'): raise ValueError(f"of={of!r} is unknown: choose 'tokens' or 'images'")
 
-# %% ../nbs/21_analyse.ipynb #c77e77ef
+# %% ../nbs/21_analyse.ipynb #f6828905
 def plot_cka(
     matrix:Tensor, # From `cka_matrix` or `student_teacher`, `(depth_a, depth_b)`
     names:tuple=('first', 'second'), # What the two models are called
@@ -667,7 +667,7 @@ def plot_cka(
     ax.figure.colorbar(im, ax=ax, label='CKA', pad=.02)
     return ax
 
-# %% ../nbs/21_analyse.ipynb #22e75a0e
+# %% ../nbs/21_analyse.ipynb #87ed0813
 def _sheet_pairs(nets):
     "Networks and which of them to compare: the first with each other one, and where there is room, one with itself"
     if len(nets) == 1 and nets[0].which == 'student' and getattr(_inner(nets[0].model), 'teacher', None) is not None and len(_inner(nets[0].model).teacher.vit.blocks):
