@@ -385,6 +385,16 @@ def test_statistics_are_exact_under_autocast():
         assert close(cka(a, b), gram_cka(a.double(), b.double(), True), 1e-6) and close(effective_rank(a), naive_rank(a), 1e-5)
         assert close(singular_value_share(a, 3), naive_share(a, 3, False, True, True), 1e-6)
 
+    class Fixed(nn.Module):
+        "Queries and keys in float32, whatever autocast does to layers"
+        def forward(self, x, **kw):
+            q, k = (2*randn(2, 3, 16, 8, seed=i).float() for i in (2, 3))
+            return x + 0*F.scaled_dot_product_attention(q, k, k).sum()
+    vit = timm_vit()
+    for b in vit.blocks: b.attn = Fixed()
+    want = attention_distance(vit, images(2))
+    with torch.autocast('cpu', torch.bfloat16): assert close(attention_distance(vit, images(2)), want, 1e-7)
+
 
 @pytest.mark.parametrize('f', [analyse, attention_distance, singular_values, lambda m, x: cka_matrix(m, m, x), analysis_sheet],
                          ids=['table', 'attention', 'values', 'cka', 'sheet'])
