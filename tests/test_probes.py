@@ -214,9 +214,9 @@ def test_a_probe_in_a_run_that_goes_on(tmp_path):
         order, n = 90, 0
         def after_batch(self):
             if self.training: self.n += 1
-            if self.n == 7: raise Stop
-    learn = pretraining(cbs=probe())
-    with pytest.raises(Stop): quietly(learn, 4, 1e-3, cbs=[RunState(tmp_path, steps=1, best=None), StopAt()])
+            if self.n == 7: raise Stop('now')
+    learn = pretraining(cbs=[probe(), StopAt()])
+    with pytest.raises(Stop): quietly(learn, 4, 1e-3, cbs=RunState(tmp_path, steps=1))
     learn = pretraining(cbs=probe())
     with warnings.catch_warnings(), learn.no_bar(), learn.no_logging(): warnings.simplefilter('ignore'); learn.resume(tmp_path)
     assert same(weights(alone), weights(whole)) and same(weights(alone), weights(learn))
