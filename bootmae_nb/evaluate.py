@@ -130,7 +130,7 @@ def _check_size(vit, x):
     if not (want or getattr(embed, 'dynamic_img_pad', False)) and any(n % p for n,p in zip(x.shape[2:], embed.patch_size)):
         raise refuse(f"height and width must be multiples of its patches, {' x '.join(map(str, embed.patch_size))}")
 
-# %% ../nbs/15_evaluate.ipynb #2dfbdc36
+# %% ../nbs/15_evaluate.ipynb #d903ca9f
 def _run(vit, data, stats, pool, blocks, norm, bs):
     "Block -> features `(N, D)`; and labels"
     device,xs,ys = next(vit.parameters()).device, [], []
@@ -140,7 +140,7 @@ def _run(vit, data, stats, pool, blocks, norm, bs):
     if not xs: raise ValueError("the data holds no images: a loader that drops its last, incomplete batch may be empty")
     return {b: torch.cat(o) for b,o in zip(blocks, zip(*xs))}, None if ys[0] is None else torch.cat(ys)
 
-# %% ../nbs/15_evaluate.ipynb #901447f8
+# %% ../nbs/15_evaluate.ipynb #d1e39f9e
 def _structure(vit):
     "What a network is besides its weights: its modules and their settings"
     plain_value = lambda v: isinstance(v, bool | int | float | str) or isinstance(v, tuple | list) and all(isinstance(o, int | float) for o in v)
@@ -151,7 +151,7 @@ def _weights_key(vit, device):
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     return tensor_digest({**vit.state_dict(), **dict(vit.named_buffers())}), _structure(vit), device.type, str(autocast)
 
-# %% ../nbs/15_evaluate.ipynb #0a152694
+# %% ../nbs/15_evaluate.ipynb #5f696642
 def _transforms_of(dl):
     "Transforms of a loader with their settings, without addresses in memory"
     pipes = [dl.after_item, dl.before_batch, dl.after_batch, *(o.tfms for o in dl.dataset.tls)]
@@ -175,7 +175,7 @@ def _content_key(data, bs):
     for x,y in _batches(data, bs): h.update(tensor_digest(dict(x=plain(x)) | ({} if y is None else dict(y=y))).encode())
     return 'content', h.hexdigest(), bs if isinstance(data, Tensor | tuple) else None
 
-# %% ../nbs/15_evaluate.ipynb #2ec621ce
+# %% ../nbs/15_evaluate.ipynb #29846e59
 def _kept(file):
     "Features and labels of a file; `None` if there is none, or it is damaged"
     try:
@@ -294,7 +294,7 @@ def knn_accuracy(
     pred = knn_predict(train_x, train_y, test_x, k, temperature)
     return (pred == plain(test_y).to(pred.device)).double().mean().item()
 
-# %% ../nbs/15_evaluate.ipynb #dfcb05b3
+# %% ../nbs/15_evaluate.ipynb #4314da93
 def _ranked(train, test, own):
     "Indices of all training images for each test image, nearest first; `own` = the index of the test image itself, which goes last"
     sim = test @ train.T
@@ -307,7 +307,7 @@ def _scores_of(same, ks):
     precision = hits/torch.arange(1, same.shape[1] + 1, device=same.device)
     return torch.stack([precision[:, k - 1] for k in ks], 1), (precision*same).sum(1).double()/hits[:, -1]
 
-# %% ../nbs/15_evaluate.ipynb #c260da17
+# %% ../nbs/15_evaluate.ipynb #f2ea0cb8
 def retrieval(
     train_x:Tensor, # Features `(N, D)` to look among
     train_y:Tensor, # Labels `(N,)`
@@ -318,6 +318,7 @@ def retrieval(
 ) -> dict: # 'p@1', ...: precision; 'mAP': mean average precision over queries whose class is there; 'queries': how many those are
     "How well the nearest images are of the same class, by cosine similarity"
     alone = test_x is None
+    if alone != (test_y is None): raise ValueError("test_x and test_y belong together: give both, or neither to look for each training image among the others")
     if alone: test_x,test_y = train_x, train_y
     _check_features(train_x, test_x); _check_labels(train_x, train_y, 'training'); _check_labels(test_x, test_y, 'test')
     most = len(train_x) - alone
@@ -333,7 +334,7 @@ def retrieval(
     if ap.isnan().all(): raise ValueError("no query has an image of its own class to find: take both sets from the same classes")
     return {f'p@{k}': v for k,v in zip(ks, at_k.mean(0).tolist())} | dict(mAP=ap.nanmean().item(), queries=int((~ap.isnan()).sum()))
 
-# %% ../nbs/15_evaluate.ipynb #00f8ce57
+# %% ../nbs/15_evaluate.ipynb #a2b46a65
 def _framed(x, right, height):
     im = to_pil(x)
     im = im.resize((max(1, round(im.width*height/im.height)), height), Image.Resampling.BICUBIC)

@@ -6,7 +6,7 @@
 __all__ = ['ProbeResult', 'quick_probe', 'probe_lars', 'linear_head', 'probe_schedule', 'linear_probe', 'FrozenProbe',
            'ProbeLearner', 'linear_probe_learner', 'FeatureProbe', 'ProbeCallback']
 
-# %% ../nbs/15b_probes.ipynb #3eb67f29
+# %% ../nbs/15b_probes.ipynb #6b67d471
 import copy
 import warnings
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from .evaluate import KNNProbe, _check_choice, _check_features, _check_labels, _
 from .labelled import _in_order
 from .models import plain
 
-# %% ../nbs/15b_probes.ipynb #f926449a
+# %% ../nbs/15b_probes.ipynb #4cef9b1b
 @dataclass
 class ProbeResult:
     "What a probe found"
@@ -57,7 +57,7 @@ def _result(probs, classes, test_y, settings, **kwargs):
     pred = classes[probs.argmax(1)]
     return ProbeResult((pred == plain(test_y).cpu()).double().mean().item(), pred, probs, classes, settings, **kwargs)
 
-# %% ../nbs/15b_probes.ipynb #d6b124ed
+# %% ../nbs/15b_probes.ipynb #775ee16d
 def _held_out(y, share, seed):
     "Indices to fit with and indices to choose with, the second in the same share of each class"
     at = [i for o in _in_order(y, 'held out', seed).values() for i in o[:min(max(round(share*len(o)), 1), len(o) - 1)]]
@@ -70,7 +70,7 @@ def _draws(y, share, seed, enough=200):
     if not len(first[1]): return []
     return [first] if len(first[1]) >= enough else [first, *(_held_out(y, share, mix_seed(seed, i)) for i in range(1, 5))]
 
-# %% ../nbs/15b_probes.ipynb #18755a45
+# %% ../nbs/15b_probes.ipynb #f161db94
 def _fits(x, y, cs, max_iter):
     "A function from features to probabilities for each strength, weakest weights first: each fit begins where the last one ended"
     scale,model = StandardScaler().fit(x), LogisticRegression(max_iter=max_iter, warm_start=True)
@@ -88,7 +88,7 @@ def _choose(x, y, draws, cs, max_iter):
     found = np.mean([[right(prob, fit, held) for prob in _fits(x[fit], y[fit], cs, max_iter)] for fit,held in draws], axis=0)
     return cs[found.argmax()], float(found.max())
 
-# %% ../nbs/15b_probes.ipynb #b77e4dc0
+# %% ../nbs/15b_probes.ipynb #3a05b6a1
 def _as_blocks(train_x, test_x, together):
     "Dicts from block to features"
     if not isinstance(train_x, dict): train_x,test_x = {'': train_x}, {'': test_x}
@@ -100,7 +100,7 @@ def _check_data(train_x, train_y, test_x, test_y):
     _check_features(train_x, test_x); _check_labels(train_x, train_y, 'training'); _check_labels(test_x, test_y, 'test')
     if len(train_y.unique()) < 2: raise ValueError(f"all training images are of class {train_y[0].item()}: a classifier needs two classes or more")
 
-# %% ../nbs/15b_probes.ipynb #654f6283
+# %% ../nbs/15b_probes.ipynb #46d80d87
 def quick_probe(
     train_x:Tensor|dict, # Features `(N, D)`, or a dict from block to them, as of `encoder_features(..., block='all')`
     train_y:Tensor, # Labels `(N,)`, any whole numbers
@@ -128,7 +128,7 @@ def quick_probe(
     settings = {k: best[k] for k in ('C', 'held_out', *(['block'] if best['block'] != '' else []))}
     return _result(probs[best['block']], np.unique(y), test_y, settings, table=pd.DataFrame(rows))
 
-# %% ../nbs/15b_probes.ipynb #5d072f2a
+# %% ../nbs/15b_probes.ipynb #966d8bce
 def probe_lars(
     params, # Parameters, or groups of them
     lr:float=.1,
@@ -140,7 +140,7 @@ def probe_lars(
     res = [dict(params=part, always_adapt=flat) for g in groups for flat in (True, False) if (part := [p for p in g if (p.ndim > 1) == flat])]
     return Lars(res, lr=lr, momentum=momentum, weight_decay=0., trust_coeff=.001)
 
-# %% ../nbs/15b_probes.ipynb #9c1fe14b
+# %% ../nbs/15b_probes.ipynb #ed3f1daa
 def linear_head(
     width:int, # Values of a feature
     classes:int, # Classes to tell apart
@@ -149,7 +149,7 @@ def linear_head(
 ) -> nn.Sequential: # From features `(B, width)` to logits `(B, classes)`
     "What a linear probe trains: norms without weights, and one linear layer"
     norms = [nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)] if layer_norm else []
-    head = nn.Sequential(*norms, nn.BatchNorm1d(width, eps=1e-6, affine=False), nn.Linear(width, classes))
+    head = nn.Sequential(*norms, nn.BatchNorm1d(width, eps=1e-6, affine=False), nn.utils.skip_init(nn.Linear, width, classes))
     nn.init.trunc_normal_(head[-1].weight, std=.01, generator=torch.Generator().manual_seed(mix_seed('head', seed)))
     nn.init.zeros_(head[-1].bias)
     return head
@@ -163,7 +163,7 @@ def probe_schedule(
     if not 0 <= warmup < epochs: raise ValueError(f"{warmup} epochs of warm-up do not fit into {epochs}: choose fewer")
     return combine_scheds([warmup/epochs, 1 - warmup/epochs], [SchedLin(0., lr), SchedCos(lr, 0.)]) if warmup else SchedCos(lr, 0.)
 
-# %% ../nbs/15b_probes.ipynb #c2553f6c
+# %% ../nbs/15b_probes.ipynb #690ed226
 def _steps(n, bs, epochs, seed):
     "Indices of each batch, with the share of the training that is done; a last batch of a single image, of which BatchNorm can make nothing, is left out"
     per_epoch = sum(min(bs, n - i) > 1 for i in range(0, n, bs))
@@ -171,7 +171,7 @@ def _steps(n, bs, epochs, seed):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(mix_seed('linear probe', seed, e)))
         for i,at in enumerate(order.split(bs)[:per_epoch]): yield (e + i/per_epoch)/epochs, at
 
-# %% ../nbs/15b_probes.ipynb #19551525
+# %% ../nbs/15b_probes.ipynb #79e49969
 def linear_probe(
     train_x:Tensor, # Features `(N, D)`; training runs on their device
     train_y:Tensor, # Labels `(N,)`, any whole numbers
@@ -201,7 +201,7 @@ def linear_probe(
     with torch.no_grad(): probs = torch.cat([head.eval()(o.to(device).float()).softmax(1).cpu() for o in plain(test_x).split(4096)])
     return _result(probs, classes.cpu(), test_y, dict(lr=lr, steps=steps), table=pd.DataFrame(dict(epoch=range(epochs), loss=losses)), head=head)
 
-# %% ../nbs/15b_probes.ipynb #38e12f7a
+# %% ../nbs/15b_probes.ipynb #978a6e75
 class FrozenProbe(nn.Module):
     "A linear head on a frozen copy of an encoder"
     def __init__(self,
@@ -234,7 +234,7 @@ class FrozenProbe(nn.Module):
         with torch.no_grad(): feats, = _pooled(self.vit, _standardised(x, self.stats, x.device), self.pool, self.blocks, self.normed)
         return self.head(feats)
 
-# %% ../nbs/15b_probes.ipynb #addbfac4
+# %% ../nbs/15b_probes.ipynb #08e54b11
 class ProbeLearner(Learner):
     "A learner that trains a linear head"
     def fit_probe(self,
@@ -263,7 +263,7 @@ def linear_probe_learner(
     return ProbeLearner(dls, probe, CrossEntropyLossFlat(), partial(OptimWrapper, opt=probe_lars), splitter=_head_params, wd=0.,
                         metrics=[accuracy, *L(metrics)])
 
-# %% ../nbs/15b_probes.ipynb #a720a046
+# %% ../nbs/15b_probes.ipynb #b8a6343a
 class FeatureProbe(KNNProbe):
     "Accuracy of nearest neighbours and of a quick linear probe, as a function of the model"
     names = 'knn', 'linear'
@@ -273,7 +273,7 @@ class FeatureProbe(KNNProbe):
         found = self.features(model)
         return dict(knn=knn_accuracy(*found, self.k, self.temperature), linear=quick_probe(*found).accuracy)
 
-# %% ../nbs/15b_probes.ipynb #5a87ae19
+# %% ../nbs/15b_probes.ipynb #052b759a
 class ProbeCallback(Callback):
     "Columns beside the losses with the figures of a probe, every few epochs and after the last one"
     order = 45                                                   # before the Recorder writes its row

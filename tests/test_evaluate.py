@@ -1,5 +1,6 @@
 """Features that are those of the whole image, a vote that is exact, and nothing left behind: modes, random numbers, loaders."""
 import math
+import os
 import random
 import subprocess
 import sys
@@ -11,11 +12,15 @@ import torch
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import Normalize
 from fastai.vision.data import ImageBlock
+from PIL import Image
+from sklearn.metrics import average_precision_score
+from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bootmae_nb.data import mim_dls
-from bootmae_nb.evaluate import KNNProbe, encoder_features, knn_accuracy, knn_predict, nearest
+from bootmae_nb.evaluate import KNNProbe, encoder_features, knn_accuracy, knn_predict, nearest, retrieval, retrieval_sheet
+from bootmae_nb.labelled import labelled_dls as labelled_folder
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.models import methods, mim_model
 from bootmae_nb.viz import to_stats
@@ -277,6 +282,154 @@ def test_the_probe_passes_its_settings_on(monkeypatch):
     a, z, b, w, k, temperature = calls[0]
     assert torch.equal(a, encoder_features(model, train, **settings)[0]) and torch.equal(b, encoder_features(model, test, **settings)[0])
     assert torch.equal(z, train[1]) and torch.equal(w, test[1]) and (k, temperature) == (7, .5)
+
+
+# against scikit-learn
+
+@pytest.mark.parametrize('k', [1, 5, 20])
+def test_the_vote_equals_scikit_learn(k):
+    g = torch.Generator().manual_seed(k)
+    train, test = (torch.randn(n, 8, generator=g, dtype=torch.float64) for n in (300, 200))
+    y = torch.tensor([2, 5, 9])[(train[:, 0] > 0).long() + (train[:, 1] > 0)]
+    theirs = KNeighborsClassifier(k, metric='cosine', algorithm='brute', weights=lambda d: np.exp((1 - d)/.07)).fit(train, y)
+    assert knn_predict(train, y, test, k).tolist() == theirs.predict(test).tolist()
+
+
+@pytest.mark.parametrize('max_values', [1, 700, 10**7])
+def test_retrieval_equals_scikit_learn(max_values):
+    g = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (60, 40))
+    y, z = (torch.randint(4, (n,), generator=g) for n in (60, 40))
+    z[:3] = 77                                                              # a class that is not there
+    sim = torch.cosine_similarity(test[:, None], train[None], dim=2)
+    found = retrieval(train, y, test, z, ks=(1, 7), max_values=max_values)
+    assert found['mAP'] == pytest.approx(np.mean([average_precision_score(y == c, s) for s,c in zip(sim[3:], z[3:])]), abs=1e-6) and found['queries'] == 37
+    for k in (1, 7): assert found[f'p@{k}'] == pytest.approx((y[sim.topk(k).indices] == z[:, None]).double().mean().item())
+    sim = torch.cosine_similarity(train[:, None], train[None], dim=2)
+    own = retrieval(train, y, max_values=max_values)
+    rest = [np.delete(np.arange(60), i) for i in range(60)]
+    assert own['mAP'] == pytest.approx(np.mean([average_precision_score(y[r] == y[i], sim[i, r]) for i,r in enumerate(rest)]), abs=1e-6) and own['queries'] == 60
+    assert own['p@1'] == pytest.approx(np.mean([y[r][sim[i, r].argmax()] == y[i] for i,r in enumerate(rest)]))
+
+
+def test_what_cannot_be_retrieved():
+    x, y = torch.randn(6, 3), torch.arange(6)
+    for args,text in [((x, y), 'precision at 10 is asked for, but there are 5'), ((x, y, x, y, (7,)), 'there are 6'), ((x, y, x, y + 9, (1,)), 'no query has an image'),
+                      ((x, y[:5]), 'training labels'), ((x, y, x, None, (1,)), 'test_y')]:
+        with pytest.raises(ValueError, match=text): retrieval(*args)
+
+
+def test_a_sheet_of_neighbours():
+    shades = torch.linspace(0, 1, 6).reshape(-1, 1, 1, 1).expand(6, 3, 16, 16)
+    sheet = np.asarray(retrieval_sheet(shades, shades[:2], torch.tensor([[5, 1, 2], [0, 3, 4]]), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1]), height=40))
+    rows = [sheet[22 + 6 + 24 + i*54] for i in range(2)]
+    starts = [np.flatnonzero((r == (0, 114, 178)).all(1)).size // 8 for r in rows], [np.flatnonzero((r == (213, 94, 0)).all(1)).size // 8 for r in rows]
+    assert starts == ([2, 2], [1, 1])                                       # two of the class of each query, one of the other
+    for kw,text in [(dict(idx=torch.zeros(1, 2).long()), '2 queries and neighbours of 1'), (dict(idx=torch.zeros(2, 2).long(), labels=torch.zeros(6)), 'give both')]:
+        with pytest.raises(ValueError, match=text): retrieval_sheet(shades, shades[:2], **kw)
+
+
+# several blocks
+
+@pytest.mark.parametrize('pool', ['mean', 'cls', 'mean+cls'])
+@pytest.mark.parametrize('norm', [None, True, False])
+def test_several_blocks_in_one_pass(pool, norm):
+    model, ran = mim_model('mae', **tiny), []
+    hook = model.encoder.vit.blocks[0].register_forward_hook(lambda *a: ran.append(1))
+    for blocks,want in [('all', [0, 1, 2]), ((2, 0), [0, 2]), ((-1,), [2]), ([1, -2], [1])]:
+        ran.clear(); found, _ = encoder_features(model, images(), pool, blocks, norm)
+        assert list(found) == want and len(ran) == 1
+        for b in want: assert torch.equal(found[b], encoder_features(model, images(), pool, b, norm)[0])
+    hook.remove()
+    both = encoder_features(model, images(), 'mean+cls')[0]
+    assert torch.equal(both, torch.cat([encoder_features(model, images(), p)[0] for p in ('mean', 'cls')], 1))
+    for bad,text in [((), 'no block is given'), ('last', "block 'last' is unknown"), ((0, 3), 'block 3 does not exist')]:
+        with pytest.raises(ValueError, match=text): encoder_features(model, images(), block=bad)
+
+
+def test_images_of_other_sizes():
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2, embed_dim=48, num_heads=3, dynamic_img_size=True)
+    assert encoder_features(vit, rand(2, 3, 64, 48), block='all')[0][1].shape == (2, 48)
+    with pytest.raises(ValueError, match='multiples of its patches, 16 x 16'): encoder_features(vit, rand(2, 3, 50, 48))
+    with pytest.raises(ValueError, match='it takes 3 channels'): encoder_features(vit, rand(2, 1, 64, 48))
+
+
+# kept on disk
+
+class Counted:
+    "A model whose passes are counted"
+    def __init__(self, model=None):
+        self.model, self.n = model or mim_model('mae', **tiny), 0
+        self.model.encoder.vit.blocks[0].register_forward_hook(self.count)
+    def count(self, *_): self.n += 1
+    def __call__(self, *args, **kw):
+        self.n = 0; res = encoder_features(self.model, *args, **kw)
+        return res, self.n > 0
+
+
+def test_what_is_kept_spares_the_pass(tmp_path):
+    run, data = Counted(), (images(), torch.arange(5))
+    want = encoder_features(run.model, data, block='all')
+    for passes in (True, False, False):
+        (xs, y), ran = run(data, block='all', cache=tmp_path)
+        assert ran == passes and y.tolist() == list(range(5)) and all(torch.equal(xs[b], want[0][b]) for b in xs)
+    (x, y), ran = run(data, block=1, cache=tmp_path)
+    assert not ran and torch.equal(x, want[0][1]) and len([*tmp_path.iterdir()]) == 3
+    assert not run([(data[0], data[1])], block=1, cache=tmp_path)[0][0].isnan().any()
+    for n,f in enumerate(sorted(tmp_path.glob('*.safetensors'))):           # damage, also where the file can be read still
+        b = bytearray(f.read_bytes()); b[-5] ^= 1; f.write_bytes(b if n else b[:50])
+    (xs, y), ran = run(data, block='all', cache=tmp_path)
+    assert ran and all(torch.equal(xs[b], want[0][b]) for b in xs) and not run(data, block='all', cache=tmp_path)[1]
+
+
+def test_whatever_changes_is_computed_anew(tmp_path):
+    run, x, y = Counted(), images(), torch.arange(5)
+    def new(*args, **kw):
+        ran = run(*args, **kw, cache=tmp_path)[1]
+        assert not run(*args, **kw, cache=tmp_path)[1]                      # and then it is kept
+        return ran
+    assert new((x, y))
+    assert new(x) and new((x, y + 1)) and new((x*.99, y)) and new((x[:4], y[:4])) and new((x.flip(0), y))
+    assert new((x, y), block=0) and new((x, y), pool='cls') and new((x, y), norm=False) and new((x, y), stats=((.4,), (.2,))) and new((x, y), block=0, norm=True)
+    assert not run((x, y), cache=tmp_path)[1]
+    with torch.no_grad(): run.model.encoder.vit.blocks[2].mlp.fc2.bias[3] += 1e-3
+    assert new((x, y))
+    run.model.encoder.vit.blocks[1].attn.num_heads *= 2; run.model.encoder.vit.blocks[1].attn.head_dim //= 2; run.model.encoder.vit.blocks[1].attn.scale *= 2**.5
+    assert new((x, y))
+    with torch.autocast('cpu', torch.bfloat16): assert new((x, y))
+    with pytest.raises(ValueError, match='gone through once only'): run(iter([x]), cache=tmp_path)
+
+
+def test_loaders_are_known_by_their_files(tmp_path, monkeypatch):
+    for c in 'ab':
+        (tmp_path/'pics'/c).mkdir(parents=True)
+        for i in range(6): Image.new('RGB', (48, 32), (40*i, 99, 200*(c == 'a'))).save(tmp_path/'pics'/c/f'{i}.png'); os.utime(tmp_path/'pics'/c/f'{i}.png', (10**9,)*2)
+    monkeypatch.setattr('bootmae_nb.data._SETTLED', -1)                     # as if the files had been there for long
+    run, read = Counted(), []
+    make = lambda **kw: labelled_folder(tmp_path/'pics', (32, 48), **dict(bs=4, num_workers=0, device='cpu', cache=0) | kw)
+    from bootmae_nb import data
+    was = data.open_image; monkeypatch.setattr(data, 'open_image', lambda *a, **k: read.append(a[0]) or was(*a, **k))
+    def ran(dl): read.clear(); return run(dl, cache=tmp_path/'kept')[1]
+    dls = make()
+    want = run(dls.valid)[0]
+    assert ran(dls.valid) and not ran(dls.valid) and not read and not ran(make().valid) and torch.equal(run(make().valid, cache=tmp_path/'kept')[0][0], want[0])
+    assert ran(dls.train) and not ran(make().train) and not read
+    assert ran(make(resize='squish').valid) and ran(make(seed=1).valid) and ran(make(min_scale=.5).train) and ran(make(flip=False).train)
+    next(iter(dls.train)); assert ran(dls.train)                            # the crops of the next epoch
+    first = dls.valid_ds.items[0][0]
+    st = first.stat(); Image.new('RGB', (48, 32), (1, 2, 3)).save(first)
+    assert ran(make().valid) and read
+    x = run(make().valid, cache=tmp_path/'kept')[0][0]
+    assert not torch.allclose(x[0], want[0][0], atol=1e-3) and torch.equal(x[1:], want[0][1:]) and st.st_mtime_ns != first.stat().st_mtime_ns
+    monkeypatch.setattr('bootmae_nb.data._SETTLED', 10**10)                 # all files have only just changed: their content tells
+    assert ran(make().valid) and not ran(make().valid) and read
+
+
+def test_the_order_of_a_loader_is_that_without_a_cache(tmp_path):
+    model, data = mim_model('mae', **tiny), DataLoader(Noisy(), 2, shuffle=True)
+    want, got = encoder_features(model, data), encoder_features(model, data, cache=tmp_path)
+    assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]) and torch.equal(encoder_features(model, data, cache=tmp_path)[0], want[0])
+    before = everything(model); encoder_features(model, data, cache=tmp_path/'new'); assert everything(model) == before
 
 
 @pytest.mark.cuda

@@ -23,7 +23,6 @@ never_imported = {
     'pytest-xdist': '`make test`',
     'ruff': '`make test`',
     'scikit-image': 'its photographs, opened as files',
-    'scikit-learn': 'its photographs, opened as files',
     'transformers': 'a peer of the benchmark, as lightly'}
 
 
