@@ -85,7 +85,7 @@ def bootmae_train(
     schedule:str=None, # onecycle (if not given), or paper: linear warm-up, cosine to a floor
     mask:str=None, # Kind of mask: block, random, grid, band_noise, ...; the method's own if not given
     mask_ratio:float=None, # Share of patches to hide; the method's own if not given
-    weights:Path=None, # Start from the encoder, and where they fit the decoders, of this file: ours, the authors' or timm's
+    weights:Path=None, # Start from the encoder, and where they fit the decoders, of this file: ours, the authors' or timm's; or 'packaged'
     teacher:str=None, # momentum, frozen, a file (ours or the authors'), or a name of timm's with weights; the method's own if not given
     stages:int=None, # Stages of dbot: after each the encoder becomes the teacher and training starts anew; 1, or the recipe's, if not given
     clip:float=None, # Clip the norm of the gradients at this value
@@ -337,7 +337,7 @@ def _tell_losses(learn, out):
 @call_parse
 @plain_errors
 def bootmae_reconstruct(
-    checkpoint:Path, # A model of bootmae-train, or the folder of its run
+    checkpoint:Path, # A model of bootmae-train, the folder of its run, or 'packaged': the model that comes with the package
     images:Annotated[str, "Images, folders of images, or 'photos': those that come with the installed packages", dict(nargs='+')],
     out:Path=Path('reconstructions'), # Folder for the pictures
     mask:str=None, # Kind of mask: block, random, grid, band_noise, ...; the model's own if not given
@@ -385,7 +385,7 @@ def _free(name, taken):
 @call_parse
 @plain_errors
 def bootmae_convert(
-    source:str, # A file or folder of weights, the name of a file that the authors released, or a name of timm's with weights
+    source:str, # A file or folder of weights, 'packaged' (the model that comes with the package), the name of a file that the authors released, or of timm's with weights
     out:Path, # File (.safetensors or .pth) or folder to write
     from_layout:str=None, # bootmae, mae, dbot, timm, or bootmae_nb for our own; told from the names in the file if not given
     to_layout:str='bootmae_nb', # bootmae_nb (a file), hub (a folder for the Hub), timm (a folder, or a .safetensors file), or the authors' names: bootmae, mae, dbot
@@ -420,8 +420,8 @@ def bootmae_convert(
 def _any_model(source, layout, num_heads, ema, raw_pixels, img_size):
     "The model in a file or folder, of whatever form"
     from bootmae_nb import hub
-    from bootmae_nb.checkpoints import CheckpointError, from_authors, from_timm, guess_layout, is_ours, load_model, read_weights
-    path = Path(source)
+    from bootmae_nb.checkpoints import CheckpointError, find_checkpoint, from_authors, from_timm, guess_layout, is_ours, load_model, read_weights
+    path = find_checkpoint(source)
     if not path.exists() and source in hub.released: path,layout = hub.fetch(source), layout or hub.released[source].method
     if path.is_dir() and layout != 'timm' or layout == 'bootmae_nb' or layout is None and is_ours(path): return load_model(path)
     if not path.exists() and path.suffix in ('.pth', '.pt', '.safetensors'): raise CheckpointError(f"{path} is not there: give the file of a model, or a name of timm's")
@@ -443,7 +443,7 @@ def _write_authors(state, out, write_whole):
 @call_parse
 @plain_errors
 def bootmae_demo(
-    checkpoint:Path=None, # A model of bootmae-train, or a folder that holds some; the newest runs, or the packaged model, if not given
+    checkpoint:Path=None, # A model of bootmae-train, a folder that holds some, or 'packaged'; the newest runs, then the packaged model, if not given
     host:str=None, # Address to listen on, 0.0.0.0 for the whole network; settings.ini's if not given
     port:int=None, # Port; settings.ini's if not given
 ):

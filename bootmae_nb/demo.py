@@ -2,18 +2,18 @@
 
 # %% auto #0
 __all__ = ['HAND', 'KINDS', 'RATIOS', 'MAX_SEED', 'MAX_DECODED', 'MAX_HEADER', 'HEIGHT', 'SIMILAR', 'MAX_JSON', 'STAGE',
-           'STAGE_JS', 'CSS', 'ABOUT', 'NOTE', 'PROGRAMS', 'find_models', 'RequestError', 'check_mask', 'as_text',
-           'hand_mask', 'open_upload', 'Studio', 'data_url', 'legend', 'card', 'cards', 'reconstruction_card',
-           'similarity_picture', 'similarity_card', 'error_picture', 'pixel_cards', 'colour_pictures', 'colour_cards',
-           'query_range', 'query_pictures', 'query_cards', 'facts', 'facts_line', 'sheet', 'check_body', 'Guard',
-           'polite', 'stage_value', 'make_demo', 'Starter', 'serve', 'theme', 'main']
+           'STAGE_JS', 'CSS', 'ABOUT', 'NOTE', 'PROGRAMS', 'find_models', 'shown_names', 'RequestError', 'check_mask',
+           'as_text', 'hand_mask', 'open_upload', 'Studio', 'data_url', 'legend', 'card', 'cards',
+           'reconstruction_card', 'similarity_picture', 'similarity_card', 'error_picture', 'pixel_cards',
+           'colour_pictures', 'colour_cards', 'query_range', 'query_pictures', 'query_cards', 'facts', 'facts_line',
+           'sheet', 'check_body', 'Guard', 'polite', 'stage_value', 'make_demo', 'serve', 'theme', 'main']
 
 # %% ../nbs/17_demo.ipynb #644cb1f2
-import atexit, base64, html, io, json, math, os, re, shutil, subprocess, sys, threading, traceback
+import base64, html, io, json, math, os, re, sys, threading, traceback
 from collections import OrderedDict
+from contextlib import suppress
 from functools import wraps
 from hashlib import blake2b
-from importlib.resources import files
 from pathlib import Path
 
 os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from .checkpoints import CheckpointError, load_model
+from .checkpoints import PACKAGED, CheckpointError, find_checkpoint, load_model, packaged_file
 from .images import ImageError, image_size, open_image, sample_photo, sample_photos
 from .masking import FixedMask, make_mask
-from .models import MaskedAutoencoder, mim_model
+from .models import MaskedAutoencoder
 from .settings import load_settings
 from .viz import View, contact_sheet, fit_image, mask_for, overlay, pca_basis, pca_rgb, to_pil
 
@@ -48,23 +48,39 @@ def _for_show(path):
     return path.parent.name not in ('stages', 'state') and not path.name.startswith('.') and not (path.stem == 'best' and path.with_stem('model').exists())
 
 def find_models(
-    where=None, # A checkpoint, or a folder that holds some; `None` = the newest runs in the settings' `run_dir`, then those that come with the package
+    where=None, # A checkpoint, a folder that holds some, or 'packaged'; `None` = the newest runs in the settings' `run_dir`, then the packaged model
     most:int=12, # Models at most
-) -> dict: # Name -> file, the newest first; empty if there are none
+) -> dict: # Name -> file, the newest first
     "The checkpoints that a demo offers"
-    if where is not None:
-        where = Path(where)
-        if where.is_file(): return {where.parent.name if where.stem == 'model' else where.stem: where}
-        if not where.is_dir(): raise CheckpointError(f"{where} is not there: give a .safetensors file of save_model, or a folder that holds some")
-        if (where/'model.safetensors').is_file(): return {where.resolve().name: where/'model.safetensors'}
-    folders = [where] if where else [load_settings().run_dir, Path(str(files('bootmae_nb')))/'data']
-    found = {}
-    for folder in folders:
-        paths = [p for depth in ('*', '*/*', '*/*/*') for p in folder.glob(f'{depth}.safetensors') if _for_show(p)]
-        for p in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
-            if len(found) < most and _is_ours(p): found.setdefault(_name(p, folder), p)
-    if where and not found: raise CheckpointError(f"{where} holds no checkpoint of ours: train one with bootmae-train, or give another folder")
+    if where is None: return _with_packaged(_runs(load_settings().run_dir, most - 1))
+    given,where = where, find_checkpoint(where)
+    if where.is_file(): return {PACKAGED if str(given) == PACKAGED else where.parent.name if where.stem == 'model' else where.stem: where}
+    if not where.is_dir(): raise CheckpointError(f"{where} is not there: give a .safetensors file of save_model, a folder that holds some, or '{PACKAGED}'")
+    if (where/'model.safetensors').is_file(): return {where.resolve().name: where/'model.safetensors'}
+    if found := _runs(where, most): return found
+    raise CheckpointError(f"{where} holds no checkpoint of ours: train one with bootmae-train, or give another folder")
+
+def _runs(folder, most):
+    "The newest checkpoints of a folder by name, the newest first"
+    paths,found = [p for depth in ('*', '*/*', '*/*/*') for p in folder.glob(f'{depth}.safetensors') if _for_show(p)], {}
+    for p in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
+        if len(found) < most and _is_ours(p): found.setdefault(_name(p, folder), p)
     return found
+
+def _with_packaged(found):
+    "Models, with the packaged one as the last; a package without it is an error only where there is no other model"
+    file = packaged_file() if not found else _packaged()
+    return found | ({} if file is None else {file.stem if PACKAGED in found else PACKAGED: file})
+
+def _packaged():
+    with suppress(CheckpointError): return packaged_file()
+
+def shown_names(
+    models:dict, # Name -> model, or its checkpoint
+) -> dict: # Name -> text for people, e.g. 'bootmae_tiny (packaged)'
+    "How a list of models calls each of them; programs use the short name"
+    packaged = _packaged()
+    return {k: f'{o.stem} ({PACKAGED})' if isinstance(o, Path) and o == packaged else k for k,o in models.items()}
 
 # %% ../nbs/17_demo.ipynb #a66da06f
 class RequestError(ValueError):
@@ -558,7 +574,6 @@ CSS = """
 .facts { display: flex; flex-wrap: wrap; gap: 4px 8px; font-size: .82rem; padding-top: 2px; }
 .facts span { padding: 3px 10px; border-radius: 99px; color: var(--body-text-color); background: var(--background-fill-secondary);
   border: 1px solid var(--border-color-primary); }
-.banner { padding: 8px 14px; border-radius: 8px; border: 1px solid var(--border-color-accent); background: var(--background-fill-secondary); font-size: .88rem; }
 .small { margin: 0; font-size: .78rem; line-height: 1.4; color: var(--body-text-color-subdued); }
 #photos .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; gap: 6px; padding: 0; }
 #photos .grid-wrap { padding: 6px; }
@@ -660,19 +675,17 @@ _SAVE = """(url) => { if (!url) return;
 
 def make_demo(
     models:dict, # Name -> model, or its checkpoint; the first one is shown first
-    status=None, # Function without arguments that returns a sentence while there is something to say, e.g. that a model is being trained
 ) -> gr.Blocks: # To be served by `serve`
     "The page, with its handlers"
-    studio = Studio(models); names = list(models)
+    studio = Studio(models); names = [(text, name) for name,text in shown_names(models).items()]
     with gr.Blocks(title='What a masked autoencoder sees', analytics_enabled=False, delete_cache=(60, 600)) as demo:
         gr.HTML(ABOUT)
-        banner = gr.HTML(visible=False)
         with gr.Row(equal_height=False, elem_id='main'):
             with gr.Column(scale=3, min_width=270, elem_id='left'):
                 ui = _controls(studio, names)
             with gr.Column(scale=9, min_width=320, elem_id='right'):
                 out = _pictures()
-        _wire(demo, studio, ui, out, banner, status)
+        _wire(demo, studio, ui, out)
         _endpoints(studio)
     for o in demo.blocks.values():
         if isinstance(o, gr.Slider|gr.Number|gr.Dropdown|gr.Textbox|gr.Checkbox|gr.Image): _careful(o)
@@ -693,7 +706,7 @@ def _controls(studio, names):
                               height=220, buttons=[], elem_id='upload')
     photo = gr.Textbox(first, label='Photograph', visible='hidden')
     with gr.Group():
-        model = gr.Dropdown(names, value=names[0], label='Model', elem_id='model', filterable=False)
+        model = gr.Dropdown(names, value=names[0][1], label='Model', elem_id='model', filterable=False)
         kind = gr.Dropdown([(v, k) for k,v in KINDS.items()], value='block', label='Mask', elem_id='kind', filterable=False)
         ratio = gr.Slider(*RATIOS, value=.75, step=.05, label='Hidden share', elem_id='ratio', buttons=[])
         seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label='Seed', elem_id='seed')
@@ -730,7 +743,7 @@ def _pictures():
 # %% ../nbs/17_demo.ipynb #ad4d97ab
 def _picture_to_click(view, patch): return overlay(view.picture, torch.zeros(view.grid), opacity=0., height=HEIGHT, legend=False, mark=patch, grey=False)
 
-def _wire(demo, studio, ui, out, banner, status):
+def _wire(demo, studio, ui, out):
     "What happens when something is chosen"
     state = [ui[k] for k in ('model', 'photo', 'kind', 'ratio', 'seed', 'hidden')]
     inputs = [*state, ui['upload'], ui['raw'], out['patch']]
@@ -796,20 +809,8 @@ def _wire(demo, studio, ui, out, banner, status):
     out['ask'].select(click, inputs, asked, trigger_mode='always_last', **quiet)
     gr.on([out['patch'].submit, out['patch'].blur], answer, inputs, asked, trigger_mode='always_last', **quiet)
     ui['save'].click(to_sheet, inputs, box, **quiet).then(None, box, None, js=_SAVE, api_visibility='private')
-    if status is not None: _tell(demo, banner, status, show, inputs, outputs, quiet)
 
 def _another(seed, kind): return (int(seed or 0) + 1) % MAX_SEED, 'block' if kind == HAND else kind
-
-def _tell(demo, banner, status, show, inputs, outputs, quiet):
-    "Say what is going on until there is nothing to say, then show the pictures anew"
-    timer = gr.Timer(3)
-    def say():
-        s = status()
-        return gr.HTML(f'<div class="banner" role="status">{html.escape(s)}</div>' if s else '', visible=bool(s)), gr.Timer(active=bool(s))
-    own = quiet | dict(concurrency_id='status')
-    timer.tick(say, None, [banner, timer], **own)
-    demo.load(say, None, [banner, timer], **own)
-    banner.change(show, inputs, outputs, **quiet)
 
 # %% ../nbs/17_demo.ipynb #6b2839b7
 def _endpoints(studio):
@@ -850,62 +851,6 @@ def _endpoints(studio):
     for f,ins,outs in (reconstruct, common, pics[:4]), (similarity, [*common, raw], pics[4:5]), (query, [*common, patch, raw], pics[5:]):
         go.click(f, ins, [*outs, numbers], api_name=f.__name__, api_description=f.__doc__, **shared)
 
-# %% ../nbs/17_demo.ipynb #01a2d6be
-_SMALL = dict(arch='vit_tiny_patch16_224', img_size=96, patch_size=8, width=128, depth=4, heads=4, pixel_width=128)
-_TRAINING = dict(source='photos', arch='vit_tiny_patch16_224', method='bootmae', img_size='96', patch_size=8, set=['width=128', 'depth=4', 'heads=4', 'pixel_width=128'],
-                 crops=64, min_scale=.7, valid_pct=.1, bs=8, lr=2e-3, clip=1., precision='fp32', device='cpu', seed=42, overwrite=True)
-_TRAIN = 'import json, sys; from bootmae_nb.cli import bootmae_train; bootmae_train(**json.loads(sys.argv[1]))'
-
-class Starter:
-    "A small model that is trained beside the demo where there is no checkpoint"
-    _untrained = 'No checkpoint was found, so these pictures come from an untrained model. A small one is being trained on the photographs'
-
-    def __init__(self,
-        folder, # Where the trained model is kept
-        name:str='small model', # Its name in the list
-        epochs:int=6, # Epochs of its training
-    ):
-        self.folder,self.name,self.epochs,self.text,self.process = Path(folder), name, epochs, '', None
-        kept = self.folder/'model.safetensors'
-        self.models = {name: kept if kept.is_file() else mim_model('bootmae', seed=0, **_SMALL).eval()}
-
-    @property
-    def needed(self): return not (self.folder/'model.safetensors').is_file()
-    def status(self): return self.text
-
-    def stop(self):
-        "End the training"
-        if self.process: self.process.terminate()
-
-    def start(self):
-        "Begin to train, in a thread that watches a process"
-        self.text = self._untrained + ': it takes some minutes, then it takes over.'
-        threading.Thread(target=self._train, daemon=True).start()
-
-    def _train(self):
-        cmd = [sys.executable, '-c', _TRAIN, json.dumps(_TRAINING | dict(epochs=self.epochs, out=str(self.folder/'new')))]
-        if shutil.which('nice'): cmd = ['nice', '-n', '10', *cmd]
-        env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep))
-        atexit.register(self.stop)
-        try:
-            with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
-                self.process = p
-                for line in p.stdout: self._progress(line)
-            if p.returncode: raise OSError(f'training ended with status {p.returncode}')
-            for o in ('model.json', 'model.safetensors'): os.replace(self.folder/'new'/o, self.folder/o)
-            shutil.rmtree(self.folder/'new')
-            self.models[self.name] = load_model(self.folder); self.text = ''
-            print('The small model is trained and in use.', flush=True)
-        except (OSError, ValueError) as e:
-            print(f'The small model could not be trained ({e}).', file=sys.stderr, flush=True)
-            self.text = 'These pictures come from an untrained model. Train one with bootmae-train, then start the demo again.'
-
-    def _progress(self, line):
-        m = re.match(r'\s*(\d+)(\s+\d+\.\d+){2}', line)
-        if not m: return
-        print(f'training the small model: epoch {int(m[1]) + 1} of {self.epochs}', flush=True)
-        self.text = self._untrained + f': {int(m[1]) + 1} of {self.epochs} passes are done.'
-
 # %% ../nbs/17_demo.ipynb #d15d0ca0
 def serve(
     demo:gr.Blocks, # Of `make_demo`
@@ -933,20 +878,17 @@ def theme():
 
 # %% ../nbs/17_demo.ipynb #e5e95785
 def main(
-    checkpoint=None, # A checkpoint, or a folder that holds some; `None` = the newest runs, or the model that comes with the package
+    checkpoint=None, # A checkpoint, a folder that holds some, or 'packaged'; `None` = the newest runs, then the model that comes with the package
     host:str=None, # Address to listen on; `None` = settings.ini's
     port:int=None, # Port; `None` = settings.ini's
 ):
     "Find models, and serve the demo until it is stopped"
     s = load_settings()
-    models,starter = find_models(checkpoint), None
-    if not models:
-        starter = Starter(s.data_dir/'demo'); models = starter.models
-        if starter.needed: print('No checkpoint was found: starting with an untrained model, and training a small one beside it.', flush=True); starter.start()
-    demo = make_demo(models, starter.status if starter else None)
+    models = find_models(checkpoint)
+    demo = make_demo(models)
     threading.Thread(target=_warm, args=(demo.studio,), daemon=True).start()
     host,port = host or s.demo_host, port or s.demo_port
-    print(f'{len(models)} model{"s" * (len(models) > 1)}: {", ".join(models)}', flush=True)
+    print(f'{len(models)} model{"s" * (len(models) > 1)}: {", ".join(shown_names(models).values())}', flush=True)
     print(f'open http://{"127.0.0.1" if host == "0.0.0.0" else host}:{port}', flush=True)
     serve(demo, host, port, s.demo_upload_mb)
 

@@ -211,7 +211,7 @@ def _model_name(source):
     return path.parent.name if path.stem == 'model' and path.parent.name else path.stem
 
 def named_models(
-    source, # A `MaskedAutoencoder`, a checkpoint file or the folder of a run; or a list, or a dict by name, of up to three of them
+    source, # A `MaskedAutoencoder`, a checkpoint file, the folder of a run, or 'packaged'; or a list, or a dict by name, of up to three of them
 ) -> dict: # Name -> model
     "Models by name, loaded where they are files"
     if isinstance(source, MaskedAutoencoder|str|Path): source = [source]
@@ -439,7 +439,7 @@ class Explorer:
 
 # %% ../nbs/19_explore.ipynb #a097a393
 def explore(
-    models, # A `MaskedAutoencoder`, a checkpoint or the folder of a run; or a list, or a dict by name, of two or three of them to compare
+    models, # A `MaskedAutoencoder`, a checkpoint, the folder of a run, or 'packaged'; or a list, or a dict by name, of two or three of them to compare
     images=None, # `None` = the packaged photographs; an image (PIL, path, array, tensor), a folder, a list, or a dict by name
     **kw # Further settings of `Explorer`: `mask`, `seed`, `tab`, `size`
 ) -> Explorer:

@@ -23,7 +23,7 @@ from timm.models import save_for_hf
 from torch import nn
 from tqdm import tqdm
 import bootmae_nb
-from .checkpoints import file_digest, from_authors, load_model, save_model, to_timm
+from .checkpoints import file_digest, find_checkpoint, from_authors, load_model, save_model, to_timm
 from .files import CheckpointError, explain_writing, to_disk, write_whole
 from .models import MaskedAutoencoder
 from .settings import load_settings
@@ -341,7 +341,7 @@ Images go in as float tensors in 0 to 1, minus {mean}, divided by {std} (one num
 
 {method}
 
-## Licence
+{sections}## Licence
 
 {licence}
 '''
@@ -354,17 +354,20 @@ def model_card(
     repo:str='USER/NAME', # Repository or folder that it is loaded from
     licence:str|None=None, # As the Hub writes it, e.g. 'apache-2.0' or 'cc-by-nc-4.0'
     about:str='', # What else a reader should know: data, epochs, results
+    title:str|None=None, # Title; `None` = the name in `repo`
+    sections:dict|None=None, # Further sections, title -> text, before the licence
 ) -> ModelCard: # Its `content` is the README
     "What a model is and how to load it, with the head that the Hub reads"
     row = dict(model.config['method']); name = row.pop('name')
     unused = [o.removesuffix('s') for o in ('pixels', 'features') if o not in row['targets']]
     row = {k: v for k,v in row.items() if not any(o in k for o in unused)}
-    title,arxiv = _papers.get(name, (name, None))
+    method,arxiv = _papers.get(name, (name, None))
     head = ModelCardData(library_name='bootmae_nb', license=licence, pipeline_tag='image-feature-extraction',
                          tags=['masked-image-modeling', 'self-supervised-learning', 'vision-transformer', 'pytorch', name] + ([f'arxiv:{arxiv}'] if arxiv else []))
-    paper = f' with {title}' + (f' ([arXiv {arxiv}](https://arxiv.org/abs/{arxiv}))' if arxiv else '') + '.' + (f' {about}' if about else '')
-    text = _card_text.format(title=repo.rpartition('/')[2], repo=repo, paper=paper, sizes=_table(_sizes(model)), method=_table({'name': name} | row),
-                             mean=list(row['mean']), std=list(row['std']), licence=licence or _no_licence)
+    paper = f' with {method}' + (f' ([arXiv {arxiv}](https://arxiv.org/abs/{arxiv}))' if arxiv else '') + '.' + (f' {about}' if about else '')
+    text = _card_text.format(title=title or repo.rpartition('/')[2], repo=repo, paper=paper, sizes=_table(_sizes(model)), method=_table({'name': name} | row),
+                             mean=list(row['mean']), std=list(row['std']), licence=licence or _no_licence,
+                             sections=''.join(f'## {k}\n\n{v}\n\n' for k,v in (sections or {}).items()))
     return ModelCard(f'---\n{head.to_yaml()}\n---\n\n{text}')
 
 # %% ../nbs/10_hub.ipynb #ba0075f7
@@ -410,7 +413,7 @@ def save_pretrained(
 
 # %% ../nbs/10_hub.ipynb #b7f32224
 def from_pretrained(
-    repo_or_folder:str|Path, # 'user/name' on the Hub, or a folder of `save_pretrained`
+    repo_or_folder:str|Path, # 'user/name' on the Hub, a folder of `save_pretrained`, or 'packaged': the model that comes with the package
     device='cpu', # Where to put the model
     token:str|None=None, # For private repositories; `None` = the one of `hf auth login` or `HF_TOKEN`
     revision:str|None=None, # Branch, tag or commit; `None` = the newest
@@ -418,7 +421,7 @@ def from_pretrained(
     local_files_only:bool=False, # Use only what was fetched before
 ) -> MaskedAutoencoder: # In `eval` mode
     "A model from the Hugging Face Hub, or from a folder"
-    if os.path.isdir(repo_or_folder): return load_model(repo_or_folder, device)
+    if find_checkpoint(repo_or_folder).exists(): return load_model(repo_or_folder, device)
     advice = "give 'user/name' of a repository that you may read, or a folder of save_pretrained; if the network is the reason, fetch the folder where there is one"
     with _one_sentence(f"{repo_or_folder} is no folder here, and could not be fetched from the Hugging Face Hub", advice):
         return HubModel.from_pretrained(repo_or_folder, device=device, token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only).held

@@ -38,12 +38,12 @@ def free_port():
 
 
 @contextmanager
-def running_demo(*args, log, timeout=180, **env):
+def running_demo(*args, log, app=root/'app'/'app.py', timeout=180, **env):
     "The demo in a process of its own, ready to answer: its address and its process."
     port = free_port()
     env = dict(os.environ, BOOTMAE_DEVICE='cpu', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning', **env)
     with open(log, 'w') as out:
-        process = subprocess.Popen([sys.executable, root/'app'/'app.py', '--port', str(port), *map(str, args)], stdout=out, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen([sys.executable, app, '--port', str(port), *map(str, args)], stdout=out, stderr=subprocess.STDOUT, env=env)
     url = f'http://127.0.0.1:{port}'
     try:
         wait_for(lambda: answers(url) or process.poll() is not None, timeout)

@@ -1,7 +1,9 @@
 """The demo as people and programs meet it: the named endpoints, what a stranger may send, and the whole page in a browser."""
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +17,14 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from bootmae_nb.checkpoints import load_model, save_model
-from bootmae_nb.demo import Guard, RequestError, Starter, Studio, check_body, hand_mask
+from bootmae_nb import checkpoints
+from bootmae_nb.checkpoints import CheckpointError, load_model, packaged_file, save_model
+from bootmae_nb.demo import Guard, RequestError, Studio, check_body, find_models, hand_mask, shown_names
 from bootmae_nb.images import sample_photo, sample_photos
 from bootmae_nb.masking import make_mask
 from bootmae_nb.models import mim_model
 from bootmae_nb.viz import View
-from browser import chromium, find_chromium, running_demo, wait_for
+from browser import chromium, find_chromium, root, running_demo
 from test_images import BROKEN, encode
 
 tiny = dict(arch='vit_tiny_patch16_224', img_size=64, patch_size=8, width=48, depth=2, heads=3, pixel_width=48, seed=0)
@@ -263,10 +266,31 @@ def test_the_guard_reads_all_of_a_body():
     assert Guard(None, 5).max_upload == 5 + 64*1024
 
 
-def test_starting_without_a_checkpoint_says_so(tmp_path):
-    starter = Starter(tmp_path, epochs=2); starter.start()
-    try: assert 'untrained' in starter.status() and list(starter.models) == ['small model'] and starter.needed
-    finally: wait_for(lambda: starter.process, 20); starter.stop()
+def test_the_newest_run_is_shown_first_and_the_packaged_model_last(tmp_path, monkeypatch):
+    monkeypatch.setenv('BOOTMAE_RUN_DIR', str(tmp_path/'runs'))
+    assert shown_names(find_models()) == dict(packaged='bootmae_tiny (packaged)') and find_models()['packaged'] == packaged_file()
+    for i,name in enumerate(('old', 'new', 'packaged')):
+        file = save_model(mim_model('mae', **tiny), tmp_path/'runs'/name/'model'); os.utime(file, (1e9 + i, 1e9 + i))
+    assert shown_names(find_models(most=3)) == dict(packaged='packaged', new='new', bootmae_tiny='bootmae_tiny (packaged)')    # a run of that name keeps it
+    shutil.rmtree(tmp_path/'runs'/'packaged')
+    assert list(find_models()) == ['new', 'old', 'packaged'] and list(find_models('packaged')) == ['packaged']
+    monkeypatch.setattr(checkpoints, 'files', lambda name: tmp_path)                               # installed without its model
+    assert list(find_models()) == ['new', 'old']
+    shutil.rmtree(tmp_path/'runs')
+    with pytest.raises(CheckpointError, match='came without its model'): find_models()
+
+
+def test_a_space_needs_the_two_folders_alone_and_no_fastai(tmp_path):
+    space, blocked = tmp_path/'space', tmp_path/'blocked'
+    shutil.copytree(root/'app', space); shutil.copytree(root/'bootmae_nb', space/'bootmae_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    blocked.mkdir(); (blocked/'fastai.py').write_text('raise ImportError("not on a Space")')
+    env = dict(PYTHONPATH=str(blocked), BOOTMAE_RUN_DIR=str(space/'runs'), GRADIO_TEMP_DIR=str(tmp_path/'cache'))
+    with running_demo(app=space/'app.py', log=tmp_path/'log', **env) as (url, _):
+        client = Client(url, verbose=False, download_files=str(tmp_path/'client'))
+        model = {o['parameter_name']: o for o in client.view_api(return_format='dict')['named_endpoints']['/reconstruct']['parameters']}['model']
+        assert model['parameter_default'] == 'packaged' and model['type']['enum'] == ['packaged']
+        assert client.predict(photo='rocket', api_name='/reconstruct')[-1]['image_size'] == [96, 96]
+    assert '1 model: bootmae_tiny (packaged)' in (tmp_path/'log').read_text() and 'Traceback' not in (tmp_path/'log').read_text()
 
 
 def test_importing_needs_no_fastai():

@@ -23,6 +23,7 @@ never_imported = {
     'pytest-xdist': '`make test`',
     'ruff': '`make test`',
     'scikit-image': 'its photographs, opened as files',
+    'setuptools': 'a test builds the wheel with it',
     'transformers': 'a peer of the benchmark, as lightly'}
 
 
@@ -41,7 +42,7 @@ def files():
 
 def differences(a, b):
     "Names that only one of two folders holds or that differ in content."
-    compared = filecmp.dircmp(a, b, ignore=['__pycache__'])
+    compared = filecmp.dircmp(a, b, ignore=['__pycache__', 'data'])
     _, changed, unreadable = filecmp.cmpfiles(a, b, compared.common_files, shallow=False)
     inner = [f'{name}/{o}' for name in compared.common_dirs for o in differences(a/name, b/name)]
     return compared.left_only + compared.right_only + changed + unreadable + inner
@@ -88,7 +89,8 @@ def test_notebook_holds_no_error(notebook):
 
 
 def test_no_file_is_large(files):
-    assert not [str(o.relative_to(root)) for o in files if o.stat().st_size > 2_000_000]
+    limits = {root/'bootmae_nb'/'data'/'bootmae_tiny.safetensors': 25_000_000}
+    assert not [str(o.relative_to(root)) for o in files if o.stat().st_size > limits.get(o, 2_000_000)]
 
 
 def test_no_path_of_a_machine_is_committed(files):
