@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['names', 'encoder_at', 'Row', 'Scorecard', 'scorecard']
 
-# %% ../nbs/15d_scorecard.ipynb #641e5afe
+# %% ../nbs/15d_scorecard.ipynb #3b20e473
 import json, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,13 +16,14 @@ from torch import Tensor
 from .checkpoints import load_teacher, load_weights, save_model
 from .evaluate import encoder_features, knn_predict
 from .files import write_whole
-from .finetune import finetune_learner
+from .finetune import Classifier, finetune_learner
 from .labelled import few_labels, labelled_dls, labelled_tensors, plain_loader
 from .metrics import Report, confusion_picture, report, top_losses
-from .models import MaskedAutoencoder, model_from_config
+from .models import MaskedAutoencoder, evaluating, model_from_config, plain
 from .probes import linear_probe, quick_probe
+from .viz import to_stats
 
-# %% ../nbs/15d_scorecard.ipynb #dace47ff
+# %% ../nbs/15d_scorecard.ipynb #ae610871
 def _bare(model):
     "The configuration of a model's encoder alone"
     return dict(model.config, classifier=None, teacher=None, method=dict(model.config['method'], targets=(), teacher=None, teacher_depth=None))
@@ -40,12 +41,12 @@ def encoder_at(
     load_weights(res, {f'encoder.{k}': v for k,v in model.encoder.state_dict().items()}, decoders=False)
     return res.to(next(model.parameters()).device).eval()
 
-# %% ../nbs/15d_scorecard.ipynb #5224d62b
+# %% ../nbs/15d_scorecard.ipynb #33d4ba22
 @dataclass
 class Row:
     "One probe of one model"
     model:str # 'model', 'untrained' or 'pixels'
-    probe:str # 'knn', 'linear', 'lars' or 'finetune'
+    probe:str # 'knn', 'linear', 'lars', 'finetune' or 'head'
     labels:int|float|None # As it was asked for: a share, a number per class, or all
     images:int # Labelled images that were learnt from
     report:Report # How good it is
@@ -58,10 +59,11 @@ class Row:
         own = dict(model=self.model, probe=self.probe, labels=self.labels, images=self.images, settings=self.settings, seconds=round(self.seconds, 2))
         return own | self.report.to_dict()
 
-# %% ../nbs/15d_scorecard.ipynb #b23e838c
-names = dict(knn='k-NN', linear='logistic regression', lars='linear probe (LARS)', finetune='fine-tuning')
+# %% ../nbs/15d_scorecard.ipynb #fcc96404
+names = dict(knn='k-NN', linear='logistic regression', lars='linear probe (LARS)', finetune='fine-tuning', head='its own head')
 
 def _labels_in_words(row):
+    if row.probe == 'head': return '-'
     if row.labels is None: return f'all {row.images}'
     return f'{row.labels:.3g} of each class: {row.images}' if isinstance(row.labels, float) else f'{row.labels} per class: {row.images}'
 
@@ -112,7 +114,7 @@ class Scorecard:
     def _repr_html_(self): return self.table().to_html(index=False)
     def __str__(self): return self.table().to_string(index=False)
 
-# %% ../nbs/15d_scorecard.ipynb #c76112cd
+# %% ../nbs/15d_scorecard.ipynb #9afeba32
 def _middle(depth): return max(0, round(depth*10/12) - 1)      # block 10 of 12, counted from 1: the papers' for ViT-B
 
 def _on_features(probe, train, y, test, ty, k, seed, n_classes):
@@ -130,7 +132,7 @@ def _check_probes(probes, labels):
         if p not in names: raise ValueError(f"probe {p!r} is unknown: choose from {', '.join(names)}")
     if not probes or not labels: raise ValueError("nothing was asked for: give probes such as ('knn', 'linear'), and labels such as (None, 0.1)")
 
-# %% ../nbs/15d_scorecard.ipynb #b022c460
+# %% ../nbs/15d_scorecard.ipynb #f7aacaef
 def _features(net, dls, pool, cache):
     "Features of all blocks and labels, of training and of test images; of the pixels themselves without a network"
     if net is None: return [({0: x.flatten(1)}, y) for x,y in map(labelled_tensors, (plain_loader(dls), dls.valid))]
@@ -144,11 +146,21 @@ def _fine_tuned(net, dls, epochs, lr, seed, quiet, kwargs):
         probs,targ = learn.get_preds()
     return probs.float().cpu(), targ.cpu(), learn
 
-# %% ../nbs/15d_scorecard.ipynb #c324d275
+def _own_head(model, dls):
+    "Probabilities of a fine-tuned model for the test images, and their labels"
+    own,names = Classifier(model), [str(o) for o in dls.vocab]
+    if sorted(map(str, own.vocab)) != sorted(names):
+        raise ValueError(f"the model's head knows the classes {', '.join(map(str, own.vocab))}, and the images are of {', '.join(names)}: "
+                         "leave the probe 'head' out, or fine-tune")
+    order = [[str(o) for o in own.vocab].index(c) for c in names]
+    with evaluating(own): parts = [(own(to_stats(own, plain(x))).float().softmax(1)[:, order].cpu(), plain(y).cpu()) for x,y in dls.valid]
+    return tuple(torch.cat(o) for o in zip(*parts))
+
+# %% ../nbs/15d_scorecard.ipynb #4b718387
 def scorecard(
     model, # As for `encoder_at`
     source, # Labelled images, as for `labelled_dls`
-    probes:tuple=('knn', 'linear'), # 'knn', 'linear' (logistic regression), 'lars' (the papers' linear probe) and 'finetune'
+    probes:tuple=('knn', 'linear'), # 'knn', 'linear' (logistic regression), 'lars' (the papers' linear probe), 'finetune', and 'head': that of a fine-tuned model
     labels:tuple=(None,), # Labels to learn from: shares such as 0.1, numbers per class such as 10, `None` = all
     img_size:int|tuple|None=None, # Image size in pixels; `None` = the model's own
     baselines:bool=False, # The same probes on the untrained network and on the pixels
@@ -172,7 +184,7 @@ def scorecard(
     device = torch.device(device) if device else next(model.parameters()).device
     model = model.to(device)
     data = lambda few=None: labelled_dls(source, model.img_size, bs, few, in_chans=model.in_chans, seed=seed, device=device, **kwargs)
-    dls,on_features = data(), [p for p in probes if p != 'finetune']
+    dls,on_features = data(), [p for p in probes if p not in ('finetune', 'head')]
     nets = dict(model=model) | (dict(untrained=model_from_config(_bare(model), seed).to(device).eval(), pixels=None) if baselines else {})
     about = dict(labelled=len(dls.train_ds), test=len(dls.valid_ds), img_size=list(model.img_size), pool=pool, seed=seed, left_out=sorted(map(str, dls.left_out)))
     card = Scorecard(about, [], list(dls.vocab))
@@ -180,6 +192,9 @@ def scorecard(
         rep = report(pred if probs is None else probs, card.targ, card.vocab)
         card.rows.append(Row(*which, n, rep, settings, time.perf_counter() - start, pred, probs))
         if log: log(card.rows[-1])
+    if 'head' in probes:
+        start = time.perf_counter(); probs,card.targ = _own_head(model, dls)
+        add('model', 'head', None, n=0, start=start, pred=probs.argmax(1), probs=probs, settings={})
     for name,net in nets.items():
         if on_features:
             (train,y),(test,ty) = _features(net, dls, pool, cache)

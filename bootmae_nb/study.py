@@ -7,7 +7,7 @@ __all__ = ['scales', 'variants', 'order', 'claims', 'Scale', 'Variant', 'cifar_f
            'right_of', 'probe_all', 'fine_tune', 'StudyData', 'read_result', 'measure_run', 'run_study', 'read_results',
            'Claim', 'compare', 'verdict', 'measures_of', 'summary', 'claim_table', 'plot_study']
 
-# %% ../nbs/22_study.ipynb #bc1c429a
+# %% ../nbs/22_study.ipynb #59f88cc7
 import json, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -33,7 +33,7 @@ from .probes import quick_probe
 from .runs import RunState, newest_info
 from .viz import to_stats
 
-# %% ../nbs/22_study.ipynb #f41c8ef1
+# %% ../nbs/22_study.ipynb #9a5a9af3
 @dataclass(frozen=True)
 class Scale:
     "Sizes of a study"
@@ -65,7 +65,7 @@ scales = dict(laptop=Scale(),
               gpu=Scale('vit_small_patch16_224', None, None, None, boot_depth=2, plain_width=256, plain_depth=8, plain_heads=8, per_class=None,
                         epochs=200, bs=512, lr=1.5e-3, precision='bf16', finetune_labels=None, finetune_epochs=50, finetune_bs=256, finetune_lr=1e-3))
 
-# %% ../nbs/22_study.ipynb #c075519f
+# %% ../nbs/22_study.ipynb #0d0ff10f
 @dataclass(frozen=True)
 class Variant:
     "A method or an ablation, as one of the runs of a study"
@@ -89,7 +89,7 @@ variants = dict(
     dbot_mae=_variant('dbot', 'dBOT, stage 1, MAE as the teacher', teacher='mae'),
     dbot_mae2=_variant('dbot', 'dBOT, stage 2 after it', teacher='dbot_mae'))
 
-# %% ../nbs/22_study.ipynb #d2b1e692
+# %% ../nbs/22_study.ipynb #f0500384
 def cifar_files(
     folder:str|Path, # Holds `train/<class>` and `valid/<class>` (or `test`)
     part:str='train', # 'train' or 'valid'
@@ -104,7 +104,7 @@ def cifar_files(
     found = [sorted(o for o in (where/c).iterdir() if o.suffix.lower() in ('.jpg', '.jpeg', '.png'))[:per_class] for c in vocab]
     return [f for o in found for f in o], [i for i,o in enumerate(found) for _ in o], vocab
 
-# %% ../nbs/22_study.ipynb #9ec352b0
+# %% ../nbs/22_study.ipynb #5dc0cae9
 def _workers(): return 0 if torch.get_num_threads() == 1 else None
 
 @contextmanager
@@ -112,7 +112,7 @@ def _quiet(learn, quiet):
     "Without bars and losses, if they are not wanted"
     with learn.no_bar() if quiet else nullcontext(), learn.no_logging() if quiet else nullcontext(): yield
 
-# %% ../nbs/22_study.ipynb #a48fc427
+# %% ../nbs/22_study.ipynb #e93b80c4
 def _keywords(v, scale, teacher):
     "Keywords of `mim_learner` for a variant"
     kw = dict(method=v.method, **dict(v.ablations))
@@ -139,7 +139,7 @@ def study_learner(
     return mim_learner(dls, s.arch, patch_size=s.patch_size, width=s.width, depth=s.depth, heads=s.heads, precision=s.precision, path=folder,
                        **_keywords(variants[name], s, teacher))
 
-# %% ../nbs/22_study.ipynb #c11539c4
+# %% ../nbs/22_study.ipynb #43e7e481
 _training = [f.name for f in fields(Scale)][:[f.name for f in fields(Scale)].index('precision') + 1]         # what follows is for measuring
 
 def _check_same(run, scale):
@@ -148,7 +148,7 @@ def _check_same(run, scale):
     other = [f'{k}: {was[k]} -> {now[k]}' for k in _training if k in was and was[k] != now[k]]
     if other: raise ValueError(f"{run} holds a run of other sizes ({'; '.join(other)}): choose another folder for runs")
 
-# %% ../nbs/22_study.ipynb #ac5432da
+# %% ../nbs/22_study.ipynb #da7240d3
 def pretrain(
     name:str, # One of `variants`
     seed:int, # Of initial weights, order, crops and masks
@@ -176,7 +176,7 @@ def pretrain(
     save_model(learn.model, out/'model', variant=name, seed=seed, scale=asdict(scale), losses=dict(names=names, epochs=losses), seconds=took)
     return out
 
-# %% ../nbs/22_study.ipynb #f2b90df6
+# %% ../nbs/22_study.ipynb #63fe6d1b
 def read_images(
     files:list, # Paths of images of one size
     size:int, # Side in pixels; others are resized
@@ -185,7 +185,7 @@ def read_images(
     one = lambda o: np.asarray(o if o.size == (size, size) else o.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(np.stack([one(open_image(o)) for o in files])).permute(0, 3, 1, 2).float()/255
 
-# %% ../nbs/22_study.ipynb #b5a3f905
+# %% ../nbs/22_study.ipynb #63a70fc6
 def _packed(right): return np.packbits(np.asarray(right, bool)).tobytes().hex()
 
 def right_of(
@@ -198,7 +198,7 @@ def _measured(pred, y, **more):
     right = (torch.as_tensor(pred).cpu() == y).numpy()
     return dict(accuracy=float(right.mean()), n=len(right), right=_packed(right), **more)
 
-# %% ../nbs/22_study.ipynb #ce9e219e
+# %% ../nbs/22_study.ipynb #d20f055e
 def probe_all(
     train:dict, # Block -> features `(N, D)`
     train_y:torch.Tensor, # `(N,)`
@@ -217,7 +217,7 @@ def probe_all(
         res[f'few_{n}'] = _measured(few.pred, test_y, **few.settings)
     return res
 
-# %% ../nbs/22_study.ipynb #02466996
+# %% ../nbs/22_study.ipynb #103b2166
 def fine_tune(
     model, # As for `finetune_learner`
     train:tuple, # Training images as files, and their labels as numbers
@@ -230,7 +230,7 @@ def fine_tune(
 ) -> dict: # Accuracy, and which were right
     "Train the whole network on, with some of the labels"
     files,y = train
-    some = few_labels(y, scale.finetune_labels, 0).tolist() if scale.finetune_labels else range(len(files))
+    some = few_labels(y, scale.finetune_labels, 0) if scale.finetune_labels else range(len(files))
     watched = [i for i in range(len(files)) if i not in set(some)][:64] or [*some][:64]         # fastai wants some to validate on; the test comes after
     rows = [(str(files[i]), vocab[y[i]], False) for i in some] + [(str(files[i]), vocab[y[i]], True) for i in watched]
     table = pd.DataFrame(rows, columns=['file', 'label', 'valid'])
@@ -240,7 +240,7 @@ def fine_tune(
     with evaluating(learn.model): pred = torch.cat([learn.model(to_stats(learn.model, o)).argmax(1).cpu() for o in test_x.split(256)])
     return _measured(pred, test_y, labels=len(some))
 
-# %% ../nbs/22_study.ipynb #cc80f136
+# %% ../nbs/22_study.ipynb #ab7700e6
 @dataclass
 class StudyData:
     "The images that encoders are measured on"
@@ -264,7 +264,7 @@ class StudyData:
     @cached_property
     def test_x(self): return read_images(self.test[0], self.size)
 
-# %% ../nbs/22_study.ipynb #08c59dd1
+# %% ../nbs/22_study.ipynb #8e9171f6
 def _key(scale, name):
     "What a run depends on, as a short digest"
     v = variants.get(name)
@@ -279,7 +279,7 @@ def read_result(path) -> dict:
 
 def _write_result(path, res): write_whole(Path(path), lambda p: p.write_text(json.dumps(res, indent=1) + '\n'))
 
-# %% ../nbs/22_study.ipynb #5712e0c3
+# %% ../nbs/22_study.ipynb #1ac1ea2d
 def measure_run(
     name:str, # One of `variants`, or 'raw': the pixels themselves
     seed:int, # Of the run
@@ -312,7 +312,7 @@ def measure_run(
     if finetune and model is not None: timed('finetune', tuned)
     return res
 
-# %% ../nbs/22_study.ipynb #5a5878d5
+# %% ../nbs/22_study.ipynb #30149b7a
 # What is compared, in the order in which it is worth having: three seeds of what claims (a) and (b) need, then one of the others
 order = ([(n, s) for s in range(3) for n in ('mae', 'bootmae', 'pixels', 'features', 'untrained')] +
          [(n, s) for s in range(3) for n in ('random', 'dbot', 'dbot2', 'dbot_mae', 'dbot_mae2')])
@@ -342,7 +342,7 @@ def run_study(
         figures = ', '.join(f"{k} {v['accuracy']:.1%}" for k,v in res['measures'].items())
         print(f"{name:10} seed {seed}: {figures} ({sum(res['seconds'].values()):.0f} s)", flush=True)
 
-# %% ../nbs/22_study.ipynb #22c0f74d
+# %% ../nbs/22_study.ipynb #cf7daf1e
 def read_results(
     folder:str|Path, # Of results
 ) -> list: # Results, by variant and seed
@@ -354,7 +354,7 @@ def read_results(
     names = ['raw', *variants]
     return sorted(found, key=lambda r: (names.index(r['variant']), r['seed']))
 
-# %% ../nbs/22_study.ipynb #e0a5f9cd
+# %% ../nbs/22_study.ipynb #9c5d1496
 def _rows(results, name, measure):
     "Seed -> which test images were right"
     return {r['seed']: right_of(r['measures'][measure]) for r in results if r['variant'] == name and measure in r['measures']}
@@ -366,7 +366,7 @@ def _half_width(per_seed):
     seeds = t.ppf(.975, s - 1)*per_seed.mean(1).std(ddof=1)/np.sqrt(s) if s > 1 else 0.
     return float(np.hypot(images, seeds))
 
-# %% ../nbs/22_study.ipynb #52d59eb9
+# %% ../nbs/22_study.ipynb #7699f29a
 @dataclass(frozen=True)
 class Claim:
     "One variant is better than another"
@@ -403,7 +403,7 @@ def verdict(c):
     word = 'no difference seen' if abs(c['difference']) <= c['half'] else 'holds' if c['difference'] > 0 else 'the opposite'
     return word + (' (one seed)' if c['seeds'] == 1 else '')
 
-# %% ../nbs/22_study.ipynb #ee337792
+# %% ../nbs/22_study.ipynb #1bf58065
 def measures_of(results): return [k for k in dict.fromkeys(k for r in results for k in r['measures'])]
 
 def summary(
@@ -433,7 +433,7 @@ def claim_table(
         rows.append(row)
     return pd.DataFrame(rows).set_index('claim')
 
-# %% ../nbs/22_study.ipynb #17787564
+# %% ../nbs/22_study.ipynb #e3b99663
 def plot_study(
     results:list, # Of `read_results`
     measures:tuple=('knn', 'linear', 'finetune'), # A panel for each
