@@ -29,8 +29,14 @@ from .learner import *
 from .distributed import *
 from .recipes import *
 from .runs import *
+from .labelled import *
 from .evaluate import *
+from .metrics import *
+from .probes import *
+from .finetune import *
+from .scorecard import *
 from .explore import *
+from .analyse import *
 
 # %% ../nbs/31_all.ipynb #0b21c480
 __all__ = [k for k in globals() if not k.startswith('_')]

@@ -480,7 +480,7 @@ def bootmae_bench(
     from bootmae_nb.settings import load_settings
     main(device=device or load_settings().device, **{k: v for k,v in given.items() if v is not None})
 
-# %% ../nbs/30_cli.ipynb #9efc68de
+# %% ../nbs/30_cli.ipynb #2a6978c2
 def _few(text):
     "'all', '0.1' or '10' as `scorecard` wants it"
     if text == 'all': return None
@@ -515,7 +515,7 @@ def bootmae_evaluate(
     "How good the features of a checkpoint are on labelled images; prints a table, and writes it as JSON"
     probes,few = tuple(o.strip() for o in probe.split(',')), tuple(_few(o.strip()) for o in labels.split(','))
     from bootmae_nb.files import write_whole
-    from bootmae_nb.scorecard import names, scorecard
+    from bootmae_nb.scorecard import probe_names, scorecard
     from bootmae_nb.settings import load_settings, pick_device, pick_precision, pick_workers
     s = load_settings()
     device = pick_device(device or s.device)
@@ -523,7 +523,7 @@ def bootmae_evaluate(
     if save and 'finetune' not in probes: raise ValueError("--save keeps the fine-tuned model: add --probe finetune")
     out = Path(out)
     model = _any_model(checkpoint, None, None, False, False, None)
-    tell = lambda r: print(f'{r.model:10} {names[r.probe]:20} {r.report.summary()}', flush=True)
+    tell = lambda r: print(f'{r.model:10} {probe_names[r.probe]:20} {r.report.summary()}', flush=True)
     card = scorecard(model, data if data == 'digits' else Path(data), probes, few, img_size and _size(img_size), baselines, k, pool, epochs, lr, bs,
                      s.seed if seed is None else seed, device, features, save, tune, not sys.stdout.isatty(), tell, valid=valid, valid_pct=valid_pct,
                      num_workers=pick_workers(s.workers if workers is None else workers))
