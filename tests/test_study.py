@@ -13,8 +13,8 @@ from scipy.stats import t
 from common import equal, state
 from bootmae_nb import study
 from bootmae_nb.checkpoints import load_model
-from bootmae_nb.study import (Claim, Scale, StudyData, cifar_files, claim_table, claims, compare, measure_run, measures_of, plot_study, pretrain, read_images, read_result,
-                              read_results, right_of, run_study, study_learner, summary, variants, verdict)
+from bootmae_nb.study import (Claim, Scale, StudyData, cifar_files, claim_table, claims, compare, measure_run, measures_of, plot_study, pretrain, read_images,
+                              read_result, read_results, right_of, run_study, study_learner, summary, variants, verdict)
 from bootmae_nb.viz import mask_for
 
 tiny = Scale(width=16, depth=2, heads=2, patch_size=4, img_size=16, plain_width=16, plain_depth=1, plain_heads=2, per_class=8, epochs=2, bs=8, strengths=(.01, 1.),
