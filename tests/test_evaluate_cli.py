@@ -69,7 +69,7 @@ def test_probes_of_a_folder_are_printed_and_written(evaluate, checkpoint, folder
 
 def test_digits_with_baselines_to_a_file_of_a_name(evaluate, checkpoint, tmp_path):
     out = tmp_path/'deep'/'digits.json'
-    status,_,err = evaluate(checkpoint, 'digits', '--probe', 'knn', '--labels', '10,0.5', '--valid-pct', '0.9', '--baselines', '--k', '3', '--pool', 'cls',
+    status,_,err = evaluate(checkpoint, 'digits', '--probe', 'knn', '--labels', '10,0.5', '--valid-pct', '0.1', '--baselines', '--k', '3', '--pool', 'cls',
                              '--img-size', '8x12', '--out', out)
     assert status == 0, err
     assert [o[:3] for o in rows_of(out)] == [(m, 'knn', n) for m in ('model', 'untrained', 'pixels') for n in (10, .5)]
