@@ -1599,6 +1599,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'bootmae_nb.study.StudyData.train_x': ('study.html#studydata.train_x', 'bootmae_nb/study.py'),
                                   'bootmae_nb.study.Variant': ('study.html#variant', 'bootmae_nb/study.py'),
                                   'bootmae_nb.study._check_same': ('study.html#_check_same', 'bootmae_nb/study.py'),
+                                  'bootmae_nb.study._clocked': ('study.html#_clocked', 'bootmae_nb/study.py'),
                                   'bootmae_nb.study._half_width': ('study.html#_half_width', 'bootmae_nb/study.py'),
                                   'bootmae_nb.study._key': ('study.html#_key', 'bootmae_nb/study.py'),
                                   'bootmae_nb.study._keywords': ('study.html#_keywords', 'bootmae_nb/study.py'),

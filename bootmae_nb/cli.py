@@ -521,6 +521,7 @@ def bootmae_evaluate(
     device = pick_device(device or s.device)
     tune = dict(precision=pick_precision(precision or s.precision, device)) | _assignments(set)
     if save and 'finetune' not in probes: raise ValueError("--save keeps the fine-tuned model: add --probe finetune")
+    if set and 'finetune' not in probes: raise ValueError("--set is about fine-tuning: add --probe finetune, or leave it out")
     out = Path(out)
     model = _any_model(checkpoint, None, None, False, False, None)
     tell = lambda r: print(f'{r.model:10} {probe_names[r.probe]:20} {r.report.summary()}', flush=True)

@@ -6,12 +6,13 @@
 __all__ = ['probe_names', 'encoder_at', 'Row', 'Scorecard', 'scorecard']
 
 # %% ../nbs/15d_scorecard.ipynb #dde8f194
-import json, time
+import copy, json, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from .checkpoints import load_teacher, load_weights, save_model
 from .evaluate import encoder_features, knn_predict
@@ -35,10 +36,14 @@ def encoder_at(
     "A model for images of a size"
     if not isinstance(model, MaskedAutoencoder): model = load_teacher(model)
     if not isinstance(model, MaskedAutoencoder): raise TypeError(f"a {type(model).__name__} is no model of ours: give from_timm(model, targets=())")
+    model = model.for_file()                                                                       # of a fine-tuned one the average, if that answers
     size = model.img_size if img_size is None else (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if size == model.img_size: return model
     res = model_from_config(_bare(model) | dict(img_size=size))
-    load_weights(res, {f'encoder.{k}': v for k,v in model.encoder.state_dict().items()}, decoders=False)
+    enc,state = res.encoder, {f'encoder.{k}': v for k,v in model.encoder.state_dict().items()}
+    pos,n = 'encoder.vit.pos_embed', 0 if enc.vit.no_embed_class else enc.n_prefix
+    if pos in state: state[pos] = resample_abs_pos_embed(state[pos], enc.grid, model.grid, n)       # here, as tensors alone do not tell their grid
+    load_weights(res, state, decoders=False)
     return res.to(next(model.parameters()).device).eval()
 
 # %% ../nbs/15d_scorecard.ipynb #6de63d51
@@ -56,7 +61,8 @@ class Row:
     probs:Tensor|None=field(repr=False, default=None) # Their probabilities `(M, classes)`, where the probe has some
 
     def to_dict(self):
-        own = dict(model=self.model, probe=self.probe, labels=self.labels, images=self.images, settings=self.settings, seconds=round(self.seconds, 2))
+        settings = {k: None if v != v else v for k,v in self.settings.items()}                         # JSON knows no nan: nothing could be held out
+        own = dict(model=self.model, probe=self.probe, labels=self.labels, images=self.images, settings=settings, seconds=round(self.seconds, 2))
         return own | self.report.to_dict()
 
 # %% ../nbs/15d_scorecard.ipynb #7febb368
@@ -127,9 +133,10 @@ def _on_features(probe, train, y, test, ty, k, seed, n_classes):
     probs = torch.zeros(len(ty), n_classes).index_copy_(1, res.classes, res.probs)            # a class may have no training image
     return dict(pred=res.pred, probs=probs, settings=res.settings | more)
 
-def _check_probes(probes, labels):
+def _check_probes(probes, labels, k):
     for p in probes:
         if p not in probe_names: raise ValueError(f"probe {p!r} is unknown: choose from {', '.join(probe_names)}")
+    if k < 1: raise ValueError(f"k={k} neighbours cannot vote: choose 1 or more, e.g. 20")
     if not probes or not labels: raise ValueError("nothing was asked for: give probes such as ('knn', 'linear'), and labels such as (None, 0.1)")
 
 # %% ../nbs/15d_scorecard.ipynb #dfc67ac6
@@ -148,7 +155,7 @@ def _fine_tuned(net, dls, epochs, lr, seed, quiet, kwargs):
 
 def _own_head(model, dls):
     "Probabilities of a fine-tuned model for the test images, and their labels"
-    own,names = Classifier(model), [str(o) for o in dls.vocab]
+    own,names = Classifier(copy.deepcopy(model)), [str(o) for o in dls.vocab]
     if sorted(map(str, own.vocab)) != sorted(names):
         raise ValueError(f"the model's head knows the classes {', '.join(map(str, own.vocab))}, and the images are of {', '.join(names)}: "
                          "leave the probe 'head' out, or fine-tune")
@@ -179,12 +186,16 @@ def scorecard(
     **kwargs # Further arguments of `labelled_dls`: `valid`, `valid_pct`, `resize`, `num_workers`, ...
 ) -> Scorecard:
     "Probe a model on labelled images"
-    _check_probes(probes, labels)
+    _check_probes(probes, labels, k)
     model = encoder_at(model, img_size)
     device = torch.device(device) if device else next(model.parameters()).device
     model = model.to(device)
     data = lambda few=None: labelled_dls(source, model.img_size, bs, few, in_chans=model.in_chans, seed=seed, device=device, **kwargs)
-    dls,on_features = data(), [p for p in probes if p not in ('finetune', 'head')]
+    dls = data()
+    known = [list(dls.vocab).index(c) for _,c in plain_loader(dls).dataset.items]
+    for few in labels:
+        if few is not None: few_labels(known, few, seed)                                          # says what is wrong before anything takes long
+    on_features = [p for p in probes if p not in ('finetune', 'head')]
     nets = dict(model=model) | (dict(untrained=model_from_config(_bare(model), seed).to(device).eval(), pixels=None) if baselines else {})
     about = dict(labelled=len(dls.train_ds), test=len(dls.valid_ds), img_size=list(model.img_size), pool=pool, seed=seed, left_out=sorted(map(str, dls.left_out)))
     card = Scorecard(about, [], list(dls.vocab))

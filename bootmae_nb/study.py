@@ -100,7 +100,8 @@ def cifar_files(
     names = ['valid', 'test'] if part == 'valid' else [part]
     where = next((root/o for o in names if (root/o).is_dir()), None)
     if where is None: raise FileNotFoundError(f"{root} holds no folder {' or '.join(names)}: give the folder of CIFAR-10, with train/<class> and valid/<class>")
-    vocab = sorted(o.name for o in where.iterdir() if o.is_dir())
+    vocab = sorted(o.name for o in where.iterdir() if o.is_dir() and not o.name.startswith('.'))
+    if not vocab: raise FileNotFoundError(f"{where} holds no folders of classes: put the images of each class into {where}/<class>")
     found = [sorted(o for o in (where/c).iterdir() if o.suffix.lower() in ('.jpg', '.jpeg', '.png'))[:per_class] for c in vocab]
     return [f for o in found for f in o], [i for i,o in enumerate(found) for _ in o], vocab
 
@@ -142,11 +143,22 @@ def study_learner(
 # %% ../nbs/22_study.ipynb #43e7e481
 _training = [f.name for f in fields(Scale)][:[f.name for f in fields(Scale)].index('precision') + 1]         # what follows is for measuring
 
-def _check_same(run, scale):
-    "Refuse a run that was trained with other sizes"
-    was,now = json.loads((run/'model.json').read_text())['scale'], asdict(scale)
+def _check_same(file, scale):
+    "Refuse a run that was trained with other sizes, or begun with them"
+    run,was,now = file.parent, json.loads(file.read_text())['scale'], asdict(scale)
     other = [f'{k}: {was[k]} -> {now[k]}' for k in _training if k in was and was[k] != now[k]]
     if other: raise ValueError(f"{run} holds a run of other sizes ({'; '.join(other)}): choose another folder for runs")
+
+@contextmanager
+def _clocked(out, scale, goes_on):
+    "What a run was begun with, and for how long it was trained, kept beside its state: a dict, whose seconds are those of all sessions in the end"
+    file,start = out/'study.json', time.perf_counter()
+    about = dict(scale=asdict(scale), seconds=0.)
+    if goes_on and file.exists(): _check_same(file, scale); about = json.loads(file.read_text())
+    before,keep = about['seconds'], lambda: write_whole(file, lambda p: p.write_text(json.dumps(about, indent=1) + '\n'))
+    keep()
+    try: yield about
+    finally: about['seconds'] = round(before + time.perf_counter() - start, 1); keep()
 
 # %% ../nbs/22_study.ipynb #da7240d3
 def pretrain(
@@ -159,21 +171,20 @@ def pretrain(
 ) -> Path: # The folder of the run, with its `model.safetensors`
     "Train a variant, or go on with it, after the variant that teaches it; nothing, if it is there already"
     v,out = variants[name], Path(folder)/f'{name}-{seed}'
-    if (out/'model.safetensors').exists(): _check_same(out, scale); return out
+    if (out/'model.safetensors').exists(): _check_same(out/'model.json', scale); return out
     teacher = None if v.teacher is None else pretrain(v.teacher, seed, data, folder, scale, progress)/'model.safetensors'
     files,valid = cifar_files(data, 'train', scale.per_class)[0], cifar_files(data, 'valid', 25)[0]
     learn = study_learner(name, seed, scale, files, valid, out, teacher)
-    start = time.perf_counter()
+    about = dict(seconds=0.)
     if v.trained:
         info = newest_info(out)
         learn.add_cb(RunState(out, minutes=3, keep=1))
-        with _quiet(learn, not progress):
+        with _clocked(out, scale, info is not None) as about, _quiet(learn, not progress):
             if info: learn.resume(out)
             else: learn.fit_one_cycle(scale.epochs, scale.lr, pct_start=scale.warmup)
     losses = [[float(x) for x in row] for row in learn.recorder.values] if v.trained else []
     names = [o for o in learn.recorder.metric_names if o not in ('epoch', 'time')] if v.trained else []
-    took = round(time.perf_counter() - start, 1)
-    save_model(learn.model, out/'model', variant=name, seed=seed, scale=asdict(scale), losses=dict(names=names, epochs=losses), seconds=took)
+    save_model(learn.model, out/'model', variant=name, seed=seed, scale=asdict(scale), losses=dict(names=names, epochs=losses), seconds=about['seconds'])
     return out
 
 # %% ../nbs/22_study.ipynb #63fe6d1b
@@ -231,13 +242,15 @@ def fine_tune(
     "Train the whole network on, with some of the labels"
     files,y = train
     some = few_labels(y, scale.finetune_labels, 0) if scale.finetune_labels else range(len(files))
-    watched = [i for i in range(len(files)) if i not in set(some)][:64] or [*some][:64]         # fastai wants some to validate on; the test comes after
+    chosen = set(some)
+    watched = [i for i in range(len(files)) if i not in chosen][:64] or [*some][:64]         # fastai wants some to validate on; the test comes after
     rows = [(str(files[i]), vocab[y[i]], False) for i in some] + [(str(files[i]), vocab[y[i]], True) for i in watched]
     table = pd.DataFrame(rows, columns=['file', 'label', 'valid'])
     dls = labelled_dls(table, scale.img_size, bs=scale.finetune_bs, valid='valid', min_scale=.35, seed=seed, num_workers=_workers())
     learn = finetune_learner(dls, model, vocab=vocab, precision=scale.precision, seed=seed)
     with _quiet(learn, not progress): learn.fit_one_cycle(scale.finetune_epochs, scale.finetune_lr)
-    with evaluating(learn.model): pred = torch.cat([learn.model(to_stats(learn.model, o)).argmax(1).cpu() for o in test_x.split(256)])
+    device = next(learn.model.parameters()).device
+    with evaluating(learn.model): pred = torch.cat([learn.model(to_stats(learn.model, o.to(device))).argmax(1).cpu() for o in test_x.split(256)])
     return _measured(pred, test_y, labels=len(some))
 
 # %% ../nbs/22_study.ipynb #ab7700e6
