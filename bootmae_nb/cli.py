@@ -515,7 +515,7 @@ def bootmae_evaluate(
     "How good the features of a checkpoint are on labelled images; prints a table, and writes it as JSON"
     probes,few = tuple(o.strip() for o in probe.split(',')), tuple(_few(o.strip()) for o in labels.split(','))
     from bootmae_nb.files import write_whole
-    from bootmae_nb.scorecard import probe_names, scorecard
+    from bootmae_nb.scorecard import labels_in_words, probe_names, scorecard
     from bootmae_nb.settings import load_settings, pick_device, pick_precision, pick_workers
     s = load_settings()
     device = pick_device(device or s.device)
@@ -524,14 +524,13 @@ def bootmae_evaluate(
     if set and 'finetune' not in probes: raise ValueError("--set is about fine-tuning: add --probe finetune, or leave it out")
     out = Path(out)
     model = _any_model(checkpoint, None, None, False, False, None)
-    tell = lambda r: print(f'{r.model:10} {probe_names[r.probe]:20} {r.report.summary()}', flush=True)
+    tell = lambda r: print(f'{r.model:10} {probe_names[r.probe]:20} {labels_in_words(r):22} {r.report.summary()}', flush=True)
     card = scorecard(model, data if data == 'digits' else Path(data), probes, few, img_size and _size(img_size), baselines, k, pool, epochs, lr, bs,
                      s.seed if seed is None else seed, device, features, save, tune, not sys.stdout.isatty(), tell, valid=valid, valid_pct=valid_pct,
                      num_workers=pick_workers(s.workers if workers is None else workers))
     card.about |= dict(checkpoint=str(checkpoint), data=str(data), probes=probes, device=str(device), precision=tune['precision'])
     size = ' x '.join(map(str, card.about['img_size']))
     print(f"\n{card.about['labelled']} training and {card.about['test']} test images of {len(card.vocab)} classes, {size} pixels\n\n{card}\n")
-    if left := card.about['left_out']: print(f"{len(left)} images cannot be read and were left out: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
     print(card.save(out))
     pictures = dict(confusion=card.confusion()) if len(card.vocab) <= 100 else {}
     if any(r.probs is not None and r.model == 'model' for r in card.rows) and (wrong := card.errors()) is not None: pictures['errors'] = wrong

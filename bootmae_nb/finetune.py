@@ -39,6 +39,7 @@ from .callbacks import FitStart, MaskBatch, MomentumTeacher
 from .checkpoints import from_timm, load_model, load_teacher, misfit, non_finite
 from .data import seeded
 from .guards import FiniteGuard
+from .labelled import shown_as_valid
 from .learner import SeededLearner, prepare_dls, remembered
 from .memory import recomputed
 from .models import MaskedAutoencoder, attention_kinds, evaluating, keep_activations, mim_model, plain
@@ -443,7 +444,8 @@ def predict(self:FinetuneLearner,
     item, # An item as the loaders have them, e.g. a path or a PIL image; where they have no pipeline, see `classify`
 ) -> tuple: # Name of the class, and the probability of each class `(N,)`
     "What is in an image, prepared as validation images are"
-    model = get_model(self.model)
+    model,x = get_model(self.model), shown_as_valid(self.dls.valid, item)
+    if x is not None: return classify(model, x)
     if not isinstance(getattr(self.dls, 'valid_ds', None), Datasets|TfmdLists): return classify(model, item)
     with self.no_bar(), self.no_logging(): p = self.get_preds(dl=self.dls.test_dl([item], num_workers=0))[0][0]
     return model.vocab[p.argmax().item()], plain(p)

@@ -194,3 +194,25 @@ def test_a_class_whose_training_images_are_all_broken(tmp_path):
     fill(tmp_path/'train', dict(a=3, b=3)); fill(tmp_path/'valid', dict(a=2, b=2))
     for o in (tmp_path/'train'/'b').iterdir(): o.write_bytes(b'')
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="in validation but not in training, e.g. 'b'"): labelled_dls(tmp_path, 8, device='cpu')
+
+
+def test_an_image_is_predicted_as_validation_images_are(tmp_path):
+    from fastai.learner import load_learner
+    from bootmae_nb.finetune import finetune_learner
+    from bootmae_nb.models import mim_model
+    found = labelled_items('digits')
+    for i in (*found.split[0][:40], *found.split[1][:10]):
+        part = 'train' if i in found.split[0][:40] else 'valid'
+        where = tmp_path/part/str(found.vocab[found.labels[i]]); where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(found.items[i])).resize((24, 16)).save(where/f'{i}.png')
+    for o in (tmp_path/'valid').iterdir(): (tmp_path/'train'/o.name).mkdir(exist_ok=True)
+    model = mim_model('mae', 'vit_tiny_patch16_224', img_size=16, patch_size=8, width=32, depth=1, heads=2, seed=0)
+    for resize in 'crop', 'squish':
+        dls = labelled_dls(tmp_path, 16, bs=8, resize=resize, num_workers=0)
+        learn = finetune_learner(dls, model, path=tmp_path)
+        want, _ = learn.get_preds()
+        files = [o[0] for o in dls.valid_ds.items]
+        for o, w in zip(files[:3], want): torch.testing.assert_close(learn.predict(o)[1], w, atol=1e-5, rtol=1e-4)
+        learn.export(f'{resize}.pkl')
+    again = load_learner(tmp_path/'squish.pkl')
+    torch.testing.assert_close(again.predict(files[0])[1], want[0], atol=1e-5, rtol=1e-4)
