@@ -513,7 +513,9 @@ def load_weights(
     wrong = misfit({k: v for k,v in want.items() if k not in lost}, {k: v for k,v in ours.items() if k not in spare})
     if wrong: raise CheckpointError(f"{what} does not fit this {model.method.name} model: {wrong}. Nothing was loaded")
     new = model.state_dict() | {k: ours[k] for k in want if k not in lost}
-    seen = _new_teacher(model, parts.get('teacher', {}) if layout == 'bootmae_nb' else _encoder_part(rename(parts.get('teacher', {}))), new)
+    taught = parts.get('teacher', {}) if layout == 'bootmae_nb' else _encoder_part(rename(parts.get('teacher', {})))
+    taught = _encoder_part(_resampled({f'encoder.{k}': v for k,v in taught.items()}, own, model, parts.get('grid')))
+    seen = _new_teacher(model, taught, new)
     means = {k: state[k] for k in ('feature_mean', 'feature_count') if k in state and k in new and seen and state[k].shape == new[k].shape}
     model.load_state_dict(new | seen | means)
     missing = [*lost, *(f'decoders.{k}: as it was' for k in model.decoders if k not in kinds)]
