@@ -62,6 +62,7 @@ class Scale:
     finetune_lr:float=2e-3 # Highest learning rate of its head
 
 scales = dict(laptop=Scale(),
+              longer=Scale(epochs=40),
               gpu=Scale('vit_small_patch16_224', None, None, None, boot_depth=2, plain_width=256, plain_depth=8, plain_heads=8, per_class=None,
                         epochs=200, bs=512, lr=1.5e-3, precision='bf16', finetune_labels=None, finetune_epochs=50, finetune_bs=256, finetune_lr=1e-3))
 
@@ -87,7 +88,11 @@ variants = dict(
     dbot=_variant('dbot', 'dBOT, stage 1, random teacher'),
     dbot2=_variant('dbot', 'dBOT, stage 2 after it', teacher='dbot'),
     dbot_mae=_variant('dbot', 'dBOT, stage 1, MAE as the teacher', teacher='mae'),
-    dbot_mae2=_variant('dbot', 'dBOT, stage 2 after it', teacher='dbot_mae'))
+    dbot_mae2=_variant('dbot', 'dBOT, stage 2 after it', teacher='dbot_mae'),
+    mae_channel=_variant('mae', 'MAE, each colour normalised for itself', norm_pixels='channel'),
+    mae_block=_variant('mae', 'MAE with block masks', mask='block'),
+    boot_patch=_variant('bootmae', 'BootMAE, all values of a patch normalised together', norm_pixels='patch'),
+    boot_patch_random=_variant('bootmae', 'the same with random masks', norm_pixels='patch', mask='random'))
 
 # %% ../nbs/22_study.ipynb #f0500384
 def cifar_files(
@@ -328,7 +333,7 @@ def measure_run(
 # %% ../nbs/22_study.ipynb #30149b7a
 # What is compared, in the order in which it is worth having: three seeds of what claims (a) and (b) need, then one of the others
 order = ([(n, s) for s in range(3) for n in ('mae', 'bootmae', 'pixels', 'features', 'untrained')] +
-         [(n, s) for s in range(3) for n in ('random', 'dbot', 'dbot2', 'dbot_mae', 'dbot_mae2')])
+         [(n, s) for s in range(3) for n in ('random', 'dbot', 'dbot2', 'dbot_mae', 'dbot_mae2', 'boot_patch', 'boot_patch_random', 'mae_channel', 'mae_block')])
 
 def run_study(
     data:str|Path, # Folder of CIFAR-10, with `train/<class>` and `valid/<class>`
@@ -394,7 +399,10 @@ claims = (Claim('0', 'pretraining helps: MAE', 'mae', 'untrained'), Claim('0', '
           Claim('b', 'momentum features help', 'features', 'pixels'), Claim('b', 'injection helps', 'bootmae', 'features'),
           Claim('c', 'block masks beat random ones', 'bootmae', 'random'),
           Claim('d', "dBOT's second stage helps, random teacher", 'dbot2', 'dbot'), Claim('d', "dBOT's second stage helps, MAE as teacher", 'dbot_mae2', 'dbot_mae'),
-          Claim('d', 'a trained first teacher helps in stage 1', 'dbot_mae', 'dbot'), Claim('d', 'and still in stage 2', 'dbot_mae2', 'dbot2'))
+          Claim('d', 'a trained first teacher helps in stage 1', 'dbot_mae', 'dbot'), Claim('d', 'and still in stage 2', 'dbot_mae2', 'dbot2'),
+          Claim('why', 'MAE loses by normalising each colour for itself', 'mae', 'mae_channel'), Claim('why', 'MAE loses by block masks', 'mae', 'mae_block'),
+          Claim('why', 'BootMAE gains by normalising colours together', 'boot_patch', 'bootmae'),
+          Claim('why', 'and by random masks as well', 'boot_patch_random', 'boot_patch'), Claim('why', 'then it beats MAE', 'boot_patch_random', 'mae'))
 
 def compare(
     results:list, # Of `read_results`
@@ -470,4 +478,5 @@ def plot_study(
     return fig
 
 _labels = dict(raw='raw pixels', mae='MAE', pixels='pixels only', features='+ momentum features', bootmae='+ injection = BootMAE', random='BootMAE, random masks',
-               dbot='dBOT 1, random teacher', dbot2='dBOT 2', dbot_mae='dBOT 1, MAE teacher', dbot_mae2='dBOT 2, after that')
+               dbot='dBOT 1, random teacher', dbot2='dBOT 2', dbot_mae='dBOT 1, MAE teacher', dbot_mae2='dBOT 2, after that',
+               mae_channel='MAE, pixels per colour', mae_block='MAE, block masks', boot_patch='BootMAE, pixels per patch', boot_patch_random='the same, random masks')
