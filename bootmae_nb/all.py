@@ -20,6 +20,7 @@ from .speed import *
 from .targets import *
 from .losses import *
 from .checkpoints import *
+from .adapt import *
 from .hub import *
 from .viz import *
 from .readings import *

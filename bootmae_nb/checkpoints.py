@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'tensor_digest', 'non_finite', 'refuse_non_finite', 'save_model', 'file_digest', 'packaged_file',
            'find_checkpoint', 'load_model', 'authors_to_ours', 'to_authors', 'read_file', 'is_ours', 'read_weights',
-           'LoadReport', 'guess_layout', 'misfit', 'from_authors', 'load_teacher', 'load_weights', 'from_timm',
-           'to_timm']
+           'LoadReport', 'guess_layout', 'misfit', 'from_authors', 'load_teacher', 'load_weights', 'resized_positions',
+           'from_timm', 'to_timm']
 
 # %% ../nbs/09_checkpoints.ipynb #3283346a
 import argparse, copy, hashlib, json, re, warnings, zipfile
@@ -534,6 +534,15 @@ def _new_teacher(model, given, new):
     copied = _encoder_part(new)
     return {} if misfit(model.teacher.state_dict(), copied) else {f'teacher.{k}': v for k,v in copied.items()}
 
+def resized_positions(
+    encoder:Encoder, # Whose grid counts
+    pos:Tensor, # `(1, prefix + H*W, D)`; without a prefix in a vit that gives its class token no position
+    grid:tuple, # `(H, W)`, the grid of these positions
+) -> Tensor: # `(1, prefix + H'*W', D)`
+    "Learned positions of one grid for an encoder of another, bicubic as timm does it"
+    if tuple(grid) == tuple(encoder.grid): return pos
+    return resample_abs_pos_embed(pos, list(encoder.grid), list(grid), 0 if encoder.vit.no_embed_class else encoder.n_prefix)
+
 def _resampled(ours, own, model, grid=None):
     "Positions for the model's grid, and no decoder positions of another one; a file that does not tell its grid has a square one"
     key,enc = 'encoder.vit.pos_embed', model.encoder
@@ -542,8 +551,7 @@ def _resampled(ours, own, model, grid=None):
     L = ours[key].shape[1] - n
     grid = grid or (enc.grid if L == enc.grid[0]*enc.grid[1] else (round(L**.5),)*2)
     if grid == enc.grid or grid[0]*grid[1] != L: return ours
-    pos = resample_abs_pos_embed(ours[key], enc.grid, grid, n)
-    return {k: own.get(k, v) if k.startswith('decoders.') and k.endswith('pos_embed') else v for k,v in ours.items()} | {key: pos}
+    return {k: own.get(k, v) if k.startswith('decoders.') and k.endswith('pos_embed') else v for k,v in ours.items()} | {key: resized_positions(enc, ours[key], grid)}
 
 # %% ../nbs/09_checkpoints.ipynb #78f5ed28
 def from_timm(

@@ -10,7 +10,7 @@ __all__ = ['finetune_recipes', 'Classifier', 'make_classifier', 'layer_number', 
 
 # %% ../nbs/15c_finetune.ipynb #a71b6e93
 import copy, math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Number
 from pathlib import Path
@@ -32,19 +32,18 @@ from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.layers import resample_abs_pos_embed
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
+from .adapt import adapt_encoder, encoder_source
 from .callbacks import FitStart, MaskBatch, MomentumTeacher
-from .checkpoints import from_timm, load_model, load_teacher, misfit, non_finite
+from .checkpoints import load_model
 from .data import seeded
 from .guards import FiniteGuard
 from .labelled import shown_as_valid
 from .learner import SeededLearner, prepare_dls, remembered
 from .memory import recomputed
-from .models import MaskedAutoencoder, attention_kinds, evaluating, keep_activations, mim_model, plain
-from .patches import grid_size
-from .vit import Encoder, as_encoder, own_seed, zero_key_bias_grads
+from .models import MaskedAutoencoder, attention_kinds, evaluating, keep_activations, plain
+from .recipes import images_per_step, pick_recipe
+from .vit import own_seed, zero_key_bias_grads
 from .viz import contact_sheet, from_stats, model_input, to_pil
 
 # %% ../nbs/15c_finetune.ipynb #d617fdad
@@ -82,38 +81,6 @@ class Classifier(MaskedAutoencoder):
         res.config = self.config
         return res
 
-# %% ../nbs/15c_finetune.ipynb #a428e474
-def _source(encoder, stats):
-    "An encoder, wherever it is, as a model that knows sizes and statistics"
-    if isinstance(encoder, str|Path): encoder = load_teacher(encoder)
-    if isinstance(encoder, MaskedAutoencoder): return encoder.for_file()
-    if isinstance(encoder, Encoder) and stats is None:
-        raise ValueError("an Encoder does not know its input statistics: give the whole model, or stats=(mean, std), e.g. those of model.method")
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder is a {type(encoder).__name__}: expected a MaskedAutoencoder, an Encoder, a vision transformer of timm, or a file of weights")
-    vit = getattr(encoder, 'vit', encoder)
-    if type(as_encoder(vit)) is not Encoder:
-        raise ValueError(f"a {type(vit).__name__} of timm is not a plain vision transformer: choose e.g. vit_small_patch16_224, or train it with fastai's vision_learner")
-    return from_timm(vit, 'mae', targets=())
-
-# %% ../nbs/15c_finetune.ipynb #c8a78039
-_heads = 'head', 'fc_norm', 'attn_pool'
-
-@torch.no_grad()
-def _take_over(model, source, with_head):
-    "Put the weights of `source` into a model of other image size, channels or head"
-    old,enc = {k: v.cpu() for k,v in source.encoder.vit.state_dict().items()}, model.encoder
-    if bad := non_finite(old): raise ValueError(f"{len(bad)} tensors of the encoder hold NaN or infinity ({', '.join(bad[:3])}): give weights from an earlier checkpoint")
-    old['patch_embed.proj.weight'] = adapt_input_conv(enc.in_chans, old['patch_embed.proj.weight'], source.in_chans)
-    if enc.grid != source.grid:
-        n = 0 if enc.vit.no_embed_class else enc.n_prefix
-        old['pos_embed'] = resample_abs_pos_embed(old['pos_embed'], list(enc.grid), list(source.grid), n)
-    own = enc.vit.state_dict()
-    new = {k: v for k,v in old.items() if k in own and (with_head or k.split('.')[0] not in _heads)}
-    afresh = {k: v for k,v in own.items() if k not in new and k.split('.')[0] in (*_heads, 'norm')}
-    if wrong := misfit(own, new | afresh): raise ValueError(f"the encoder's weights do not fit a {model.config['arch']} of its sizes: {wrong}")
-    enc.vit.load_state_dict(new | afresh)
-
 # %% ../nbs/15c_finetune.ipynb #92fa43a9
 def _label(o): return o.item() if isinstance(o, np.generic) else o if isinstance(o, str|int|float) else str(o)
 
@@ -137,7 +104,6 @@ def _kept_head(source, names):
 
 # %% ../nbs/15c_finetune.ipynb #0900484a
 _pools = dict(mean=dict(global_pool='avg', fc_norm=True), cls=dict(global_pool='token', fc_norm=False))
-_sizes = 'arch', 'patch_size', 'width', 'depth', 'heads', 'class_token', 'mlp_ratio'
 
 def make_classifier(
     encoder, # A `MaskedAutoencoder`, an `Encoder`, a plain vision transformer of timm or its name; a file of weights (ours, the authors', timm's), a run's folder
@@ -153,16 +119,10 @@ def make_classifier(
 ) -> Classifier:
     "A copy of an encoder, with a head for classes"
     if pool not in _pools: raise ValueError(f"pool {pool!r} is unknown: choose 'mean' (of the patch tokens) or 'cls' (the class token)")
-    names,source = _check_vocab(vocab), _source(encoder, stats)
+    names,source = _check_vocab(vocab), encoder_source(encoder, stats)
     if pool == 'cls' and not source.encoder.has_cls: raise ValueError("this encoder has no class token: use pool='mean'")
     head = _kept_head(source, names) if keep_head else dict(num_classes=len(names), vocab=names, **_pools[pool])
-    size = source.img_size if img_size is None else img_size
-    grid_size(size, source.patch_size)
-    mean,std = stats or (source.method.mean, source.method.std)
-    row = replace(source.method, targets=(), teacher=None, teacher_depth=None, drop_path=drop_path, mean=tuple(mean), std=tuple(std))
-    sizes = {k: source.config.get(k) for k in _sizes}
-    model = mim_model(row, img_size=size, in_chans=in_chans or source.in_chans, classifier=head, seed=seed, **sizes)
-    _take_over(model, source, keep_head)
+    model = adapt_encoder(source, img_size, in_chans, head, keep_head, drop_path, stats, seed)
     if not keep_head:
         with own_seed(seed): nn.init.trunc_normal_(model.encoder.vit.head.weight, std=2e-5)
     return Classifier(model, average)
@@ -178,14 +138,17 @@ def layer_number(
     return int(rest.partition('.')[0]) + 1 if part == 'blocks' else depth + 1
 
 def layer_groups(
-    model:Classifier, # The model
+    model:nn.Module, # A model with an `encoder`: a `Classifier`, or one whose other parts are heads of any kind
 ) -> list: # Lists of parameters: of layer 0 with and without weight decay, of layer 1 with and without, ...
-    "The parameters of each layer, with and without weight decay"
-    enc = get_model(model).encoder
+    "The parameters of each layer, with and without weight decay; what is not of the encoder is of the last layer, an average of weights of none"
+    model = get_model(model)
+    enc = model.encoder
     groups = [[] for _ in range(2*(enc.depth + 2))]
-    for n,p in enc.named_parameters():
+    for n,p in model.named_parameters():
+        if n.startswith('teacher.'): continue
         exempt = p.ndim < 2 or n.rpartition('.')[2] in ('cls_token', 'reg_token', 'pos_embed')
-        groups[2*layer_number(n, enc.depth) + exempt].append(p)
+        layer = layer_number(n, enc.depth) if n.startswith('encoder.') else enc.depth + 1
+        groups[2*layer + exempt].append(p)
     return groups
 
 # %% ../nbs/15c_finetune.ipynb #0949dd7d
@@ -514,13 +477,7 @@ def finetune_recipe(
     **overrides # Fields to replace, e.g. `mixup=0.`
 ) -> FinetuneRecipe:
     "A paper's recipe by its name, with some of its fields replaced"
-    if not isinstance(name, FinetuneRecipe):
-        if name not in finetune_recipes: raise ValueError(f"recipe {name!r} is unknown: choose one of {', '.join(finetune_recipes)}")
-        name = finetune_recipes[name]
-    known = [f.name for f in fields(FinetuneRecipe)]
-    for k in overrides:
-        if k not in known: raise TypeError(f"field {k!r} is unknown: choose one of {', '.join(known[1:])}")
-    return replace(name, **overrides)
+    return pick_recipe(finetune_recipes, name, overrides)
 
 # %% ../nbs/15c_finetune.ipynb #ee5d3cc0
 def finetune_recipe_learner(
@@ -543,7 +500,5 @@ def fit_recipe(self:FinetuneLearner,
     start_epoch:int=0, # Epoch to start from
 ):
     "Train with the schedule of a recipe: a call of `fit_paper`"
-    own = self.dls.train.bs
-    n_acc = max([own, *(cb.n_acc for cb in [*self.cbs, *L(cbs)] if isinstance(cb, GradientAccumulation))])
-    r = finetune_recipe(recipe).for_batch(bs or math.ceil(n_acc/own)*own*self.n_processes, epochs)
+    r = finetune_recipe(recipe).for_batch(bs or images_per_step(self, cbs), epochs)
     self.fit_paper(r.epochs, r.base_lr, r.warmup_epochs/r.epochs, r.min_lr/r.lr, r.batch, r.wd, cbs, start_epoch)

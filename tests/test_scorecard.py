@@ -9,17 +9,17 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from timm.layers import resample_abs_pos_embed
 
 from common import equal, quietly, state
 from bootmae_nb import scorecard as module
-from bootmae_nb.checkpoints import load_model, load_weights, save_model
+from bootmae_nb.checkpoints import load_model, save_model
 from bootmae_nb.evaluate import encoder_features, knn_predict
 from bootmae_nb.finetune import Classifier, finetune_learner, make_classifier
 from bootmae_nb.labelled import few_labels, labelled_dls, labelled_items, labelled_tensors, plain_loader
 from bootmae_nb.models import mim_model, model_from_config
 from bootmae_nb.probes import linear_probe, quick_probe
-from bootmae_nb.scorecard import encoder_at, scorecard
+from bootmae_nb.adapt import bare_config, encoder_at
+from bootmae_nb.scorecard import scorecard
 
 tiny = dict(arch='vit_tiny_patch16_224', patch_size=4, width=16, depth=3, heads=2, pixel_width=16, pixel_depth=1, feature_depth=1)
 more = dict(num_workers=0, device='cpu')
@@ -118,7 +118,7 @@ def test_pooling_and_neighbours_reach_the_probe(source, model):
 def test_baselines_are_the_untrained_network_and_the_pixels(digits_card, some_digits):
     net = mim_model('mae', **{k: v for k,v in tiny.items() if k != 'feature_depth'}, img_size=8, seed=0)
     dls = labelled_dls(some_digits, 8, valid_pct=.4, seed=3, **more)
-    fresh = model_from_config(module._bare(net), 3)
+    fresh = model_from_config(bare_config(net), 3)
     rows = {(r.model, r.probe): r for r in digits_card.rows if r.labels is None}
     def pixels(o): x,y = labelled_tensors(o); return x.flatten(1), y
     for name,take in (('untrained', lambda o: encoder_features(fresh, o)), ('pixels', pixels)):
@@ -144,31 +144,6 @@ def test_the_untrained_network_has_weights_of_its_own_that_the_seed_decides(sour
 
 # other sizes
 
-def test_a_model_of_the_size_is_the_model_itself(model):
-    assert encoder_at(model) is model and encoder_at(model, 8) is model and encoder_at(model, [8, 8]) is model
-
-
-@pytest.mark.parametrize('size', [16, (8, 16), (24, 12)])
-def test_positions_are_resized_as_load_weights_does(size, model, tmp_path):
-    file = save_model(model, tmp_path/'m')
-    hw = (size, size) if isinstance(size, int) else size
-    got,want = encoder_at(file, size), mim_model('bootmae', **tiny, img_size=hw, seed=9)
-    load_weights(want, file, decoders=False)
-    assert got.img_size == hw and got.grid == (hw[0]//4, hw[1]//4) and not got.decoders and not got.training
-    assert equal(state(got.encoder), state(want.encoder))
-    x = torch.rand(2, 3, *hw)
-    assert torch.equal(encoder_features(got, x)[0], encoder_features(want, x)[0])
-
-
-@pytest.mark.parametrize('src,dst', [((8, 12), (16, 16)), ((16, 36), (8, 8)), ((8, 16), (16, 8))])
-def test_positions_of_a_wide_grid_are_not_taken_for_those_of_a_square(src, dst):
-    wide = mim_model('mae', **{k: v for k,v in tiny.items() if k != 'feature_depth'}, img_size=src, seed=0)
-    with torch.no_grad(): wide.encoder.vit.pos_embed.copy_(torch.randn(wide.encoder.vit.pos_embed.shape, generator=torch.Generator().manual_seed(0)))
-    want = resample_abs_pos_embed(wide.encoder.vit.pos_embed, [o//4 for o in dst], [o//4 for o in src], wide.encoder.n_prefix)
-    got = encoder_at(wide, dst)
-    assert torch.equal(got.encoder.vit.pos_embed, want) and torch.equal(got.encoder.vit.blocks[1].mlp.fc1.weight, wide.encoder.vit.blocks[1].mlp.fc1.weight)
-
-
 def test_a_size_that_patches_do_not_fill_is_refused(model):
     with pytest.raises(ValueError, match='not divisible by the patch size 4'): scorecard(model, pictures(), img_size=10, **more)
 
@@ -185,8 +160,9 @@ def test_the_packaged_model_by_its_name(source):
     assert scorecard('packaged', source, ('knn',), img_size=16, **more).rows[0].images == 30
 
 
-def test_a_network_of_timm_is_told_what_to_do():
-    with pytest.raises(TypeError, match='from_timm'): encoder_at(timm.create_model('vit_tiny_patch16_224', depth=1))
+def test_a_network_of_timm_needs_no_conversion(source):
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    assert scorecard(vit, source, ('knn',), img_size=8, **more).rows[0].images == 30
 
 
 # the own head
