@@ -36,6 +36,7 @@ from .metrics import *
 from .probes import *
 from .finetune import *
 from .scorecard import *
+from .dense import *
 from .explore import *
 from .analyse import *
 

@@ -108,9 +108,20 @@ def find_checkpoint(
     return packaged_file() if str(path) == PACKAGED and not Path(path).exists() else Path(path)
 
 # %% ../nbs/09_checkpoints.ipynb #e136baac
+_loaders = dict(segment='load_segmenter', detect='load_detector')
+
+def _check_task(path, config, want):
+    "Refuse a model with another task than the one asked for"
+    kind = (config.get('task') or {}).get('kind')
+    if kind == want: return
+    if kind is None: raise CheckpointError(f"{path} holds an encoder without heads for the task {want!r}: train them first, or load it with load_model")
+    raise CheckpointError(f"{path} holds a model for the task {kind!r}: load it with {_loaders.get(kind, 'the function of its module')}")
+
 def load_model(
     path:str|Path, # A file of `save_model`, the folder of a run, or 'packaged': the model that comes with the package
     device='cpu', # Where to put the model
+    kind:str|None=None, # Kind of task that the model must have heads for; `None` = pretraining or classification
+    make=model_from_config, # What makes a model of a configuration
 ) -> MaskedAutoencoder: # In `eval` mode
     "Load a checkpoint, after checking that it is whole"
     path = find_checkpoint(path)
@@ -120,8 +131,10 @@ def load_model(
     tensors,head = _read_safetensors(path)
     if 'config' not in head: raise CheckpointError(f"{path} has no configuration of ours in its header: for weights of the papers' authors use from_authors")
     _compare_beside(path, head)
+    config = json.loads(head['config'])
+    _check_task(path, config, kind)
     try:
-        model = model_from_config(json.loads(head['config']))
+        model = make(config)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path} does not fit this version ({bootmae_nb.__version__}): {str(e).splitlines()[0]}") from e
@@ -541,14 +554,13 @@ def resized_positions(
 ) -> Tensor: # `(1, prefix + H'*W', D)`
     "Learned positions of one grid for an encoder of another, bicubic as timm does it"
     if tuple(grid) == tuple(encoder.grid): return pos
-    return resample_abs_pos_embed(pos, list(encoder.grid), list(grid), 0 if encoder.vit.no_embed_class else encoder.n_prefix)
+    return resample_abs_pos_embed(pos, list(encoder.grid), list(grid), encoder.n_placed)
 
 def _resampled(ours, own, model, grid=None):
     "Positions for the model's grid, and no decoder positions of another one; a file that does not tell its grid has a square one"
     key,enc = 'encoder.vit.pos_embed', model.encoder
     if key not in ours or ours[key].shape[-1] != own[key].shape[-1]: return ours
-    n = 0 if enc.vit.no_embed_class else enc.n_prefix
-    L = ours[key].shape[1] - n
+    L = ours[key].shape[1] - enc.n_placed
     grid = grid or (enc.grid if L == enc.grid[0]*enc.grid[1] else (round(L**.5),)*2)
     if grid == enc.grid or grid[0]*grid[1] != L: return ours
     return {k: own.get(k, v) if k.startswith('decoders.') and k.endswith('pos_embed') else v for k,v in ours.items()} | {key: resized_positions(enc, ours[key], grid)}

@@ -7,7 +7,7 @@ __all__ = ['recipes', 'Recipe', 'pick_recipe', 'recipe', 'recipe_learner', 'imag
 
 # %% ../nbs/14_recipes.ipynb #eca5ea48
 import difflib, math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -99,7 +99,7 @@ def pick_recipe(
     overrides:dict, # Fields to replace
 ): # The recipe
     "A recipe of any table, with some of its fields replaced; what is misspelt is an error that names the nearest choice"
-    if isinstance(name, str):
+    if not is_dataclass(name):
         if name not in table: raise _unknown('recipe', name, list(table), ValueError)
         name = table[name]
     known = [f.name for f in fields(name)]

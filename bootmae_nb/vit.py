@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 import timm
-from timm.layers import Attention as TimmAttention, DropPath, Mlp
+from timm.layers import Attention as TimmAttention, DropPath, Mlp, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from .patches import grid_size, pair, patchify, take
 
@@ -49,6 +49,8 @@ class Encoder(nn.Module):
         self.checkpointing,self.compiled = False, None      # whether blocks run again in the backward pass, in place of keeping activations; how they are compiled
 
     @property
+    def n_placed(self): return 0 if self.vit.no_embed_class else self.n_prefix      # prefix tokens that have a position
+    @property
     def depth(self): return len(self.vit.blocks)
     @property
     def heads(self): return self.vit.blocks[0].attn.num_heads
@@ -60,18 +62,24 @@ class Encoder(nn.Module):
             raise ValueError(f"block {i} does not exist: the encoder has {self.depth} blocks, 0 to {self.depth-1}, or negative from the end")
         return i % self.depth if self.depth else -1
 
-    def embed(self, x, idx=None):
-        "Tokens of the patches at `idx` (all if `None`) with their positions, after the prefix tokens"
+    def positions(self, grid):
+        "The learned positions, resampled to another grid"
+        if tuple(grid) == self.grid: return self.vit.pos_embed
+        return resample_abs_pos_embed(self.vit.pos_embed, list(grid), list(self.grid), self.n_placed)
+
+    def embed(self, x, idx=None, pos=None):
+        "Tokens of the patches at `idx` (all if `None`) with their positions (those of `pos`, for images of another size), after the prefix tokens"
         v = self.vit; proj = v.patch_embed.proj
         x = patchify(x, self.patch_size)
         if idx is not None: x = take(x, idx)
         x = v.patch_embed.norm(F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias))
-        pos = v.pos_embed if v.no_embed_class else v.pos_embed[:, self.n_prefix:]
-        x = x + (pos if idx is None else pos[0][idx])
+        pos = v.pos_embed if pos is None else pos
+        placed = pos[:, self.n_placed:]
+        x = x + (placed if idx is None else placed[0][idx])
         prefix = [o for o in (v.cls_token, v.reg_token) if o is not None]
         if prefix:
             prefix = torch.cat(prefix, 1)
-            if not v.no_embed_class: prefix = prefix + v.pos_embed[:, :self.n_prefix]
+            if not v.no_embed_class: prefix = prefix + pos[:, :self.n_prefix]
             x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], 1)
         return v.norm_pre(v.pos_drop(x))
 
