@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['pyramid_blocks', 'global_blocks', 'to_windows', 'from_windows', 'feature_maps', 'Downstream']
 
-# %% ../nbs/15e_dense.ipynb #2480c603
+# %% ../nbs/15e_dense.ipynb #e319ce6b
 import torch.nn.functional as F
 from torch import Tensor
 from .models import MaskedAutoencoder, plain
 from .vit import Encoder, run_block
 
-# %% ../nbs/15e_dense.ipynb #ab0dbb0b
+# %% ../nbs/15e_dense.ipynb #e74f369d
 def pyramid_blocks(
     depth:int, # Blocks of the encoder
 ) -> tuple: # Four blocks, counted from 0
@@ -19,7 +19,7 @@ def pyramid_blocks(
     if depth < 1: raise ValueError("the encoder has no blocks: a pyramid of features needs at least one")
     return tuple(max(1, round(depth*o/12)) - 1 for o in (4, 6, 8, 12))
 
-# %% ../nbs/15e_dense.ipynb #568ae266
+# %% ../nbs/15e_dense.ipynb #bcb8aded
 def global_blocks(
     depth:int, # Blocks of the encoder
     n:int=4, # How many see the whole image
@@ -48,7 +48,7 @@ def from_windows(
     x = x.reshape(-1, h, w, window, window, x.shape[-1]).transpose(2, 3).reshape(-1, h*window, w*window, x.shape[-1])
     return x[:, :grid[0], :grid[1]].flatten(1, 2)
 
-# %% ../nbs/15e_dense.ipynb #29f09325
+# %% ../nbs/15e_dense.ipynb #d6c17033
 def feature_maps(
     encoder:Encoder, # A plain vision transformer
     images:Tensor, # `(B, C, H, W)`, in input statistics; any size
@@ -74,7 +74,7 @@ def feature_maps(
         if i in wanted: outs[i] = x
     return [outs[i][:, n:].unflatten(1, grid).permute(0, 3, 1, 2) for i in wanted]
 
-# %% ../nbs/15e_dense.ipynb #a3da8cfe
+# %% ../nbs/15e_dense.ipynb #ed5bb6bb
 class Downstream(MaskedAutoencoder):
     "An encoder with heads for another task, for images of any size; a subclass adds the heads and says how to run them"
     def __init__(self,
