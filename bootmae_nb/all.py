@@ -37,6 +37,7 @@ from .probes import *
 from .finetune import *
 from .scorecard import *
 from .dense import *
+from .scenes import *
 from .explore import *
 from .analyse import *
 
