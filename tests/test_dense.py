@@ -46,7 +46,7 @@ def test_an_odd_size_is_continued_with_the_mean(model):
 
 
 def test_gradients_reach_the_positions(model):
-    m = adapt_encoder(model)
+    m = adapt_encoder(model).requires_grad_(True)
     feature_maps(m.encoder, torch.randn(1, 3, 32, 32))[0].sum().backward()
     assert m.encoder.vit.pos_embed.grad[:, 1:].abs().sum() > 0
 
