@@ -58,6 +58,22 @@ def _size(text):
     if len(hw) not in (1, 2): raise ValueError(f"image size {text!r} is not understood: give one number such as 224, or height x width such as 96x160")
     return hw[0] if len(hw) == 1 else hw
 
+def _known(given, names):
+    "Settings by --set, if all are known"
+    from difflib import get_close_matches
+    for k in given:
+        if k not in names:
+            near = get_close_matches(k, names, 1)
+            raise ValueError(f"--set {k} is unknown{f': did you mean {near[0]}?' if near else ''}; choose from {', '.join(names)}")
+    return given
+
+def _tuning():
+    "What --set may say of fine-tuning"
+    from inspect import signature
+    from bootmae_nb.finetune import finetune_learner
+    taken = 'dls', 'encoder', 'vocab', 'keep_head', 'lr', 'precision', 'seed', 'metrics', 'cbs', 'path', 'model_dir', 'moms'
+    return [o for o in signature(finetune_learner).parameters if o not in taken]
+
 def _assignments(texts):
     "['depth=6', 'pixel_inject=None'] as a dict"
     from ast import literal_eval
@@ -514,15 +530,16 @@ def bootmae_evaluate(
 ):
     "How good the features of a checkpoint are on labelled images; prints a table, and writes it as JSON"
     probes,few = tuple(o.strip() for o in probe.split(',')), tuple(_few(o.strip()) for o in labels.split(','))
-    from bootmae_nb.files import write_whole
+    from bootmae_nb.files import refuse_unwritable, write_whole
     from bootmae_nb.scorecard import labels_in_words, probe_names, scorecard
     from bootmae_nb.settings import load_settings, pick_device, pick_precision, pick_workers
     s = load_settings()
     device = pick_device(device or s.device)
-    tune = dict(precision=pick_precision(precision or s.precision, device)) | _assignments(set)
+    tune = dict(precision=pick_precision(precision or s.precision, device)) | _known(_assignments(set), _tuning())
     if save and 'finetune' not in probes: raise ValueError("--save keeps the fine-tuned model: add --probe finetune")
     if set and 'finetune' not in probes: raise ValueError("--set is about fine-tuning: add --probe finetune, or leave it out")
     out = Path(out)
+    for o in filter(None, (out, save)): refuse_unwritable(o)
     model = _any_model(checkpoint, None, None, False, False, None)
     tell = lambda r: print(f'{r.model:10} {probe_names[r.probe]:20} {labels_in_words(r):22} {r.report.summary()}', flush=True)
     card = scorecard(model, data if data == 'digits' else Path(data), probes, few, img_size and _size(img_size), baselines, k, pool, epochs, lr, bs,

@@ -108,6 +108,8 @@ def test_features_are_kept_in_a_folder(evaluate, checkpoint, folder, tmp_path, m
     (['CHECKPOINT', 'FOLDER', '--save', 'x.safetensors'], '--save keeps the fine-tuned model: add --probe finetune'),
     (['CHECKPOINT', 'FOLDER', '--set', 'mixup=0.8'], '--set is about fine-tuning: add --probe finetune'),
     (['CHECKPOINT', 'FOLDER', '--probe', 'finetune', '--set', 'mixup'], "--set 'mixup' is not understood"),
+    (['CHECKPOINT', 'FOLDER', '--probe', 'finetune', '--set', 'mixap=0.8'], '--set mixap is unknown: did you mean mixup?; choose from pool, stats, layer_decay'),
+    (['CHECKPOINT', 'FOLDER', '--out', 'FOLDER'], 'could not be written, because a folder has this name'),
     (['CHECKPOINT', 'FOLDER', '--probe', 'head'], 'no head for classes'),
     (['CHECKPOINT', 'FOLDER', '--k', '0'], 'k=0 neighbours cannot vote'),
     (['CHECKPOINT', 'FOLDER', '--img-size', '10'], 'not divisible by the patch size 4'),

@@ -12,9 +12,13 @@ from scipy.stats import t
 
 from common import equal, state
 from bootmae_nb import study
-from bootmae_nb.checkpoints import load_model
-from bootmae_nb.study import (Claim, Scale, StudyData, cifar_files, claim_table, claims, compare, measure_run, measures_of, plot_study, pretrain, read_images,
-                              read_result, read_results, right_of, run_study, study_learner, summary, variants, verdict)
+from bootmae_nb.analyse import cka
+from bootmae_nb.checkpoints import load_model, save_model
+from bootmae_nb.evaluate import encoder_features
+from bootmae_nb.models import mim_model
+from bootmae_nb.study import (Claim, Scale, StudyData, _half_width, alike, alike_table, cifar_files, claim_table, claims, compare, measure_run,
+                              measures_of, plot_study, pretrain, read_images, read_result, read_results, right_of, run_study, study_learner, summary,
+                              variants, verdict)
 from bootmae_nb.viz import mask_for
 
 tiny = Scale(width=16, depth=2, heads=2, patch_size=4, img_size=16, plain_width=16, plain_depth=1, plain_heads=2, per_class=8, epochs=2, bs=8, strengths=(.01, 1.),
@@ -300,3 +304,26 @@ def test_a_dot_for_each_seed(made):
     lines = [o.get_xdata()[0] for o in fig.axes[0].lines]
     assert lines == pytest.approx([np.mean(want[i]) for i in want])
     assert [o.get_text() for o in fig.axes[0].get_yticklabels()] == ['raw pixels', 'pixels only', '+ injection = BootMAE', 'MAE']
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    (tmp_path/'other.json').write_text('[1]')
+    with pytest.raises(ValueError, match='other.json is no result of a study'): read_results(tmp_path)
+
+
+def test_one_image_says_nothing():
+    assert _half_width(np.array([[1.], [0.]])) == np.inf
+
+
+def test_likeness_of_runs(images, tmp_path):
+    x = StudyData.of(images, tiny).test_x
+    for name,seed in (('untrained', 0), ('untrained', 1), ('mae', 0)):
+        size = dict(patch_size=4, width=16, depth=2, heads=2, pixel_width=16, pixel_depth=1, pixel_heads=2)
+        save_model(mim_model('mae', 'vit_tiny_patch16_224', 16, **size, seed=seed + 5*(name == 'mae')), tmp_path/f'{name}-{seed}'/'model')
+    res = alike(tmp_path, tmp_path/'cka.json', x)
+    f = {o: encoder_features(load_model(tmp_path/o), x)[0] for o in ('untrained-0', 'untrained-1', 'mae-0')}
+    assert list(res) == ['mae 0 | untrained 0', 'untrained 0 | untrained 1']
+    assert [*res.values()] == pytest.approx([cka(f[a], f['untrained-0']) for a in ('mae-0', 'untrained-1')], abs=1e-4)
+    t = alike_table(tmp_path/'cka.json')
+    assert list(t.index) == ['mae and untrained', 'untrained, another seed'] and t.runs.tolist() == [1, 1]
+    with pytest.raises(FileNotFoundError, match='no two runs'): alike(tmp_path/'none', tmp_path/'c.json', x)

@@ -5,7 +5,8 @@
     python tools/study.py --data cifar10 --runs mae bootmae --seeds 0 1 2 --hours 1
 
 DATA is a folder with `train/<class>` and `valid/<class>` (or `test`); without it CIFAR-10 is fetched by fastai. Stopped at any moment, the same command goes on;
-what is done is left as it is. Results are small JSON files in nbs/study/SCALE, which the notebook nbs/42_claims.ipynb draws; models are kept in the folder of --keep."""
+what is done is left as it is. Results are small JSON files in nbs/study/SCALE, and the likeness of all
+models that are there in nbs/study/SCALE-cka.json; the notebook nbs/42_claims.ipynb draws them. Models are kept in the folder of --keep."""
 import argparse
 import warnings
 from pathlib import Path
@@ -28,7 +29,7 @@ def main():
     a = p.parse_args()
     warnings.simplefilter('ignore', FutureWarning)
     from bootmae_nb.settings import load_settings, pick_device
-    from bootmae_nb.study import order, run_study, scales
+    from bootmae_nb.study import StudyData, alike, order, run_study, scales
     if a.scale not in scales: p.error(f"scale {a.scale!r} is unknown: choose {' or '.join(scales)}")
     data = a.data
     if data is None:
@@ -39,6 +40,7 @@ def main():
     jobs += [(n, i) for i in a.seeds or () for n in a.runs or () if (n, i) not in order]
     keep, results = a.keep or s.run_dir/f'study-{a.scale}', a.results or ROOT/'nbs'/'study'/a.scale
     run_study(data, keep, results, scales[a.scale], jobs, not a.no_finetune, device, a.progress, a.hours)
+    if len([*keep.glob('*/model.safetensors')]) > 1: alike(keep, results.with_name(f'{results.name}-cka.json'), StudyData.of(data, scales[a.scale]).test_x, device)
 
 
 if __name__ == '__main__': main()
