@@ -47,7 +47,7 @@ def test_every_source_gives_the_same_encoder(model, tmp_path):
     file = save_model(model, tmp_path/'m')
     vit = timm.create_model('vit_tiny_patch16_224', img_size=8, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=0)
     vit.load_state_dict(model.encoder.vit.state_dict(), strict=False)
-    stats = (.5,)*3, (.5,)*3
+    stats = (.4, .5, .6), (.2, .3, .4)
     clf = make_classifier(model, ['a', 'b'])
     for o in (model, file, vit, from_timm(vit, 'mae'), model.encoder, clf):
         got = adapt_encoder(o, (8, 12), stats=stats)

@@ -18,7 +18,7 @@ from forks import run_forked
 from bootmae_nb import checkpoints, files
 from bootmae_nb.checkpoints import load_model, non_finite, save_model
 from bootmae_nb.data import mim_dls
-from bootmae_nb.files import CheckpointError, WriteError, sweep, write_whole
+from bootmae_nb.files import refuse_unwritable, CheckpointError, WriteError, sweep, write_whole
 from bootmae_nb.hub import write_folder
 from bootmae_nb.learner import mim_learner
 from bootmae_nb.models import mim_model
@@ -228,3 +228,12 @@ def test_save_and_export_are_whole_and_only_the_first_process_writes(model, tmp_
     assert {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()} == before
     assert learn.opt is opt and learn.dls is dls
     learn.load('a'); quietly(learn, 'fit', 1)
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path/'a').write_text('old')
+    refuse_unwritable(tmp_path/'a'); refuse_unwritable(tmp_path/'new'/'b')
+    with pytest.raises(WriteError, match='a folder has this name'): refuse_unwritable(tmp_path)
+    with pytest.raises(WriteError, match='a part of its path is a file'): refuse_unwritable(tmp_path/'a'/'b')
+    with pytest.raises(WriteError, match='its name is too long'): refuse_unwritable(tmp_path/('x'*300))
+    assert (tmp_path/'a').read_text() == 'old' and sorted(o.name for o in tmp_path.rglob('*')) == ['a', 'new']
