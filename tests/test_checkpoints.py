@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bootmae_nb.checkpoints import (CheckpointError, authors_to_ours, from_authors, from_timm, guess_layout, load_model, load_teacher, load_weights, misfit, read_file,
@@ -410,3 +411,14 @@ def test_encoder_only_has_no_more_than_the_encoder(tmp_path):
     path = save_model(encoder_only(model), tmp_path/'e')
     assert set(load_file(path)) == {k for k in model.state_dict() if k.startswith('encoder.')}
     assert os.path.getsize(path) < os.path.getsize(save_model(model, tmp_path/'m'))/2
+
+
+def test_weights_of_another_image_size_bring_their_teacher(tmp_path):
+    tiny = dict(arch='vit_tiny_patch16_224', patch_size=8, width=24, depth=2, heads=3, pixel_width=24, pixel_depth=1, feature_depth=1)
+    source,target = (mim_model('bootmae', img_size=o, seed=i, **tiny) for i,o in enumerate((32, 48)))
+    with torch.no_grad(): [p.add_(torch.randn(p.shape)) for p in source.teacher.parameters()]               # as in training: it is no copy of the encoder
+    report = load_weights(target, save_model(source, tmp_path/'m'), decoders=None)
+    own,theirs = target.teacher.vit.state_dict(), source.teacher.vit.state_dict()
+    assert all(torch.equal(own[k], v) for k,v in theirs.items() if k != 'pos_embed')
+    torch.testing.assert_close(own['pos_embed'], resample_abs_pos_embed(theirs['pos_embed'], [6, 6], [4, 4], 1))
+    assert not any('teacher' in o for o in report.missing)
