@@ -93,6 +93,8 @@ variants = dict(
     dbot_mae2=_variant('dbot', 'dBOT, stage 2 after it', teacher='dbot_mae'),
     mae_channel=_variant('mae', 'MAE, each colour normalised for itself', norm_pixels='channel'),
     mae_block=_variant('mae', 'MAE with block masks', mask='block'),
+    pixels_patch=_variant('bootmae', 'pixels only, all values of a patch normalised together', norm_pixels='patch', targets=('pixels',), pixel_inject=None),
+    features_patch=_variant('bootmae', 'the same and momentum features', norm_pixels='patch', pixel_inject=None, feature_inject=None),
     boot_patch=_variant('bootmae', 'BootMAE, all values of a patch normalised together', norm_pixels='patch'),
     boot_patch_random=_variant('bootmae', 'the same with random masks', norm_pixels='patch', mask='random'))
 
@@ -338,7 +340,8 @@ def measure_run(
 # %% ../nbs/22_study.ipynb #30149b7a
 # What is compared, in the order in which it is worth having: three seeds of what claims (a) and (b) need, then one of the others
 order = ([(n, s) for s in range(3) for n in ('mae', 'bootmae', 'pixels', 'features', 'untrained')] +
-         [(n, s) for s in range(3) for n in ('random', 'dbot', 'dbot2', 'dbot_mae', 'dbot_mae2', 'boot_patch', 'boot_patch_random', 'mae_channel', 'mae_block')])
+         [(n, s) for s in range(3) for n in ('random', 'dbot', 'dbot2', 'dbot_mae', 'dbot_mae2', 'boot_patch', 'boot_patch_random', 'mae_channel', 'mae_block',
+                                          'pixels_patch', 'features_patch')])
 
 def run_study(
     data:str|Path, # Folder of CIFAR-10, with `train/<class>` and `valid/<class>`
@@ -432,12 +435,15 @@ claims = (Claim('0', 'pretraining helps: MAE', 'mae', 'untrained'), Claim('0', '
           Claim('0', 'MAE beats raw pixels', 'mae', 'raw'), Claim('0', 'BootMAE beats raw pixels', 'bootmae', 'raw'),
           Claim('a', 'BootMAE beats MAE', 'bootmae', 'mae'),
           Claim('b', 'momentum features help', 'features', 'pixels'), Claim('b', 'injection helps', 'bootmae', 'features'),
+          Claim('b', 'momentum features help, pixels per patch', 'features_patch', 'pixels_patch'),
+          Claim('b', 'injection helps, pixels per patch', 'boot_patch', 'features_patch'),
           Claim('c', 'block masks beat random ones', 'bootmae', 'random'),
           Claim('d', "dBOT's second stage helps, random teacher", 'dbot2', 'dbot'), Claim('d', "dBOT's second stage helps, MAE as teacher", 'dbot_mae2', 'dbot_mae'),
           Claim('d', 'a trained first teacher helps in stage 1', 'dbot_mae', 'dbot'), Claim('d', 'and still in stage 2', 'dbot_mae2', 'dbot2'),
           Claim('why', 'MAE loses by normalising each colour for itself', 'mae', 'mae_channel'), Claim('why', 'MAE loses by block masks', 'mae', 'mae_block'),
           Claim('why', 'BootMAE gains by normalising colours together', 'boot_patch', 'bootmae'),
-          Claim('why', 'and by random masks as well', 'boot_patch_random', 'boot_patch'), Claim('why', 'then it beats MAE', 'boot_patch_random', 'mae'))
+          Claim('why', 'and by random masks as well', 'boot_patch_random', 'boot_patch'), Claim('why', 'then it beats MAE, with block masks', 'boot_patch', 'mae'),
+          Claim('why', 'and with random ones', 'boot_patch_random', 'mae'))
 
 def compare(
     results:list, # Of `read_results`
@@ -514,4 +520,6 @@ def plot_study(
 
 _labels = dict(raw='raw pixels', mae='MAE', pixels='pixels only', features='+ momentum features', bootmae='+ injection = BootMAE', random='BootMAE, random masks',
                dbot='dBOT 1, random teacher', dbot2='dBOT 2', dbot_mae='dBOT 1, MAE teacher', dbot_mae2='dBOT 2, after that',
-               mae_channel='MAE, pixels per colour', mae_block='MAE, block masks', boot_patch='BootMAE, pixels per patch', boot_patch_random='the same, random masks')
+               mae_channel='MAE, pixels per colour', mae_block='MAE, block masks',
+               pixels_patch='pixels only, per patch', features_patch='+ momentum features, per patch',
+               boot_patch='+ injection, per patch', boot_patch_random='BootMAE, per patch, random masks')
