@@ -11,10 +11,10 @@ __all__ = ['segment_recipes', 'map_scales', 'UPerHead', 'Segmenter', 'make_segme
            'window_starts', 'segment_probs', 'segment_image', 'evaluate_segmenter', 'label_picture', 'legend',
            'segment_sheet']
 
-# %% ../nbs/16_segment.ipynb #ef11dad7
+# %% ../nbs/16_segment.ipynb #45d2b1aa
 import colorsys, json, math, os, random, warnings
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import matplotlib
@@ -39,7 +39,7 @@ from torchvision.transforms import ColorJitter, Compose, RandomApply
 from .adapt import adapt_encoder, encoder_source
 from .callbacks import FitStart, MaskBatch
 from .checkpoints import load_model
-from .data import OpenImage, SeededDL, _for_all, _height_width, _loader, mix_seed, seeded
+from .data import OpenImage, _for_all, _height_width, _loader, mix_seed, seeded
 from .dense import Downstream, feature_maps, pyramid_blocks
 from .distributed import from_each
 from .files import write_whole
@@ -53,7 +53,7 @@ from .recipes import images_per_step, pick_recipe
 from .vit import own_seed, zero_key_bias_grads
 from .viz import contact_sheet, from_stats, to_pil, to_stats
 
-# %% ../nbs/16_segment.ipynb #7cbf4f19
+# %% ../nbs/16_segment.ipynb #b47f132d
 def map_scales(
     patch_size:tuple, # Patch size in pixels, `(height, width)`
 ) -> tuple: # Four numbers
@@ -69,7 +69,7 @@ def _rescale(dim, scale, norm):
     if scale < 1: return nn.MaxPool2d(round(1/scale), ceil_mode=True)
     return {1: nn.Identity, 2: up, 4: lambda: nn.Sequential(up(), _norm(norm, dim), nn.GELU(), up())}[scale]()
 
-# %% ../nbs/16_segment.ipynb #523d778c
+# %% ../nbs/16_segment.ipynb #7458ec7e
 def _conv(n_in, n_out, k, norm): return nn.Sequential(nn.Conv2d(n_in, n_out, k, padding=k//2, bias=False), _norm(norm, n_out), nn.ReLU())
 def _resize(x, size): return F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
 
@@ -100,14 +100,7 @@ class UPerHead(nn.Module):
         levels = [f(m) for f,m in zip(self.smooth, levels)] + levels[3:]
         return self.classify(self.fuse(torch.cat([_resize(m, levels[0].shape[-2:]) for m in levels], 1)))
 
-# %% ../nbs/16_segment.ipynb #9fbfd90d
-def _init_heads(module):
-    "As the programs of the papers: He's normal distribution for convolutions before a ReLU, small weights for the last layer"
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d) and m.bias is not None: nn.init.normal_(m.weight, std=.01); nn.init.zeros_(m.bias)
-
+# %% ../nbs/16_segment.ipynb #6dbe52df
 class Segmenter(Downstream):
     "An encoder with UPerNet, for images of any size; made by `make_segmenter`"
     def __init__(self,
@@ -121,7 +114,6 @@ class Segmenter(Downstream):
             self.rescale = nn.ModuleList(_rescale(dim, o, norm) for o in task['scales'])
             self.head = UPerHead(dim, channels, n, norm, task['pools'], task['dropout'])
             self.auxiliary = nn.Sequential(_conv(dim, max(1, channels//2), 3, norm), nn.Dropout2d(task['dropout']), nn.Conv2d(max(1, channels//2), n, 1))
-            _init_heads(self.head); _init_heads(self.auxiliary)
         self.encoder.vit.norm.requires_grad_(False)                        # the maps are those before it
 
     @property
@@ -129,7 +121,7 @@ class Segmenter(Downstream):
         "Names of the classes"
         return list(self.task['vocab'])
     @property
-    def values(self):
+    def label_values(self):
         "The number of each class in label maps on disk"
         return list(self.task['values'])
     @property
@@ -153,7 +145,7 @@ class Segmenter(Downstream):
         (h,w),(ph,pw) = images.shape[-2:], self.patch_size
         return _resize(logits, (-(-h//ph)*ph, -(-w//pw)*pw))[..., :h, :w]
 
-# %% ../nbs/16_segment.ipynb #f0679ec2
+# %% ../nbs/16_segment.ipynb #b589543a
 def _check_classes(vocab):
     names = [o.item() if isinstance(o, np.generic) else o if isinstance(o, int) else str(o) for o in vocab]
     if len(names) < 2: raise ValueError(f"there {'is one class' if names else 'are no classes'} ({', '.join(map(str, names))}): segmentation needs two or more")
@@ -200,7 +192,8 @@ def make_segmenter(
 def _kept_heads(source, names):
     "The sizes of the heads of a segmenter, if it tells the same classes apart"
     if not isinstance(source, Segmenter): raise ValueError("keep_head=True, but the encoder has no heads for segmentation: leave keep_head out for new ones")
-    if source.vocab != names: raise ValueError(f"the heads' classes are not these ({len(source.vocab)} classes, here {len(names)}, or other names): leave keep_head out for new heads")
+    if source.vocab != names:
+        raise ValueError(f"the heads' classes are not these ({len(source.vocab)} classes, here {len(names)}, or other names): leave keep_head out for new heads")
     return {k: source.task[k] for k in ('norm', 'channels', 'scales', 'pools', 'dropout')}
 
 def _from_config(config):
@@ -216,7 +209,7 @@ def load_segmenter(
     "Load a model for segmentation, after checking that it is whole"
     return load_model(path, device, kind='segment', make=_from_config)
 
-# %% ../nbs/16_segment.ipynb #399f255d
+# %% ../nbs/16_segment.ipynb #d557c03f
 def class_colours(
     n:int, # Classes
 ) -> list: # Of `[red, green, blue]`, 0 to 255
@@ -226,7 +219,7 @@ def class_colours(
     hues = [colorsys.hsv_to_rgb(.61803398875*i % 1, (.55, .9, .7)[i % 3], (.95, .7, .45)[i//3 % 3]) for i in range(max(0, n - len(first)))]
     return (first + [[round(255*v) for v in o] for o in hues])[:n]
 
-# %% ../nbs/16_segment.ipynb #f17c41b8
+# %% ../nbs/16_segment.ipynb #df374edf
 class LabelCodes(NamedTuple):
     "What the numbers in label maps mean"
     vocab:tuple    # names of the classes
@@ -249,7 +242,8 @@ class LabelCodes(NamedTuple):
         name:str='the label map', # For errors
     ) -> np.ndarray: # Places in `vocab`, or `void`; uint8, or int32 for more than 255 classes
         "Numbers of a file to classes"
-        if labels.size and (labels.min() < 0 or labels.max() > 65535): raise ImageError(f'{name} holds numbers from {labels.min()} to {labels.max()}: expected 0 to 65535')
+        if labels.size and (labels.min() < 0 or labels.max() > 65535):
+            raise ImageError(f'{name} holds numbers from {labels.min()} to {labels.max()}: expected 0 to 65535')
         res = self.table()[labels]
         if (bad := res < 0).any(): raise ImageError(self._unknown(np.unique(labels[bad]).tolist(), int(bad.sum()), name))
         return res.astype(np.uint8 if self.void == 255 else np.int32)
@@ -286,7 +280,7 @@ def label_codes(
     if 255 not in [i for _,i in kept]: out.add(255)
     return LabelCodes(tuple(n for n,_ in kept), tuple(i for _,i in kept), tuple(sorted(out)))
 
-# %% ../nbs/16_segment.ipynb #268479d3
+# %% ../nbs/16_segment.ipynb #3f54932a
 def open_label(
     src, # Path, PIL image, or array `(H, W)` of whole numbers
     name:str|None=None, # Name used in errors; `None` = the file's
@@ -313,7 +307,7 @@ def _numbers(x, name):
     if x.ndim != 2 or x.dtype.kind not in 'iu': raise ImageError(f'{name} holds {x.dtype} of shape {x.shape}: expected whole numbers (height, width), the classes')
     return x
 
-# %% ../nbs/16_segment.ipynb #951ac440
+# %% ../nbs/16_segment.ipynb #7e3da9e3
 class SegmentItems(NamedTuple):
     "Pairs of image and label map, and which of them are for training and for validation"
     pairs:list        # of (image, label map): paths, or whatever a list held
@@ -330,7 +324,8 @@ def _image_label_folders(path):
     "Pairs of folders for training and for validation, the second `None` if it is to be drawn, and whether it is ADE20K's layout"
     train,valid = (_sub(path, o) for o in _parts)
     if train is not None and (train/'images').is_dir():
-        if valid is not None and not (valid/'images').is_dir(): raise ImageError(f'{valid} has no folder images: put images and label maps into {valid}/images and {valid}/labels')
+        if valid is not None and not (valid/'images').is_dir():
+            raise ImageError(f'{valid} has no folder images: put images and label maps into {valid}/images and {valid}/labels')
         return [(o/'images', _needed(o)) for o in (train, valid) if o is not None], False
     if not (path/'images').is_dir():
         raise ImageError(f'{path} has neither train/images nor images: put images and label maps into {path}/train/images and {path}/train/labels, '
@@ -348,7 +343,7 @@ def _needed(folder):
     if res is None: raise ImageError(f'{folder} has a folder images and none for the label maps: put them into {folder}/labels (or {", ".join(_label_folders[1:4])})')
     return res
 
-# %% ../nbs/16_segment.ipynb #dc5b0b67
+# %% ../nbs/16_segment.ipynb #d2cc6561
 def pair_files(
     images:Path, # Folder of images
     labels:Path, # Folder of label maps
@@ -365,8 +360,9 @@ def pair_files(
         if maps and all(b is not None for _,b in pairs):
             warnings.warn(f'{len(maps)} label maps in {labels} belong to no image and are left out, e.g. {printable(next(iter(maps.values())).name)}', stacklevel=3)
     lacking = [a for a,b in pairs if b is None or not b.is_file()]
-    if lacking: raise ImageError(f'{len(lacking)} of {len(pairs)} images have no label map in {labels}, e.g. {printable(str(lacking[0]))}: put {lacking[0].stem}.png there, '
-                                 'take the image away, or say how they are named, label_of=…')
+    if lacking:
+        raise ImageError(f'{len(lacking)} of {len(pairs)} images have no label map in {labels}, e.g. {printable(str(lacking[0]))}: put {lacking[0].stem}.png there, '
+                         'take the image away, or say how they are named, label_of=…')
     return pairs
 
 def _ending(keys, maps):
@@ -375,7 +371,7 @@ def _ending(keys, maps):
     more = {o[len(keys[0]):] for o in maps if o.startswith(keys[0])}
     return next((e for e in sorted(more, key=len) if all(k + e in maps for k in keys)), '')
 
-# %% ../nbs/16_segment.ipynb #40e7a727
+# %% ../nbs/16_segment.ipynb #b2d9716e
 def _read_names(path):
     "Names of the classes that a data set brings along"
     for name in ('codes.txt', 'classes.txt'):
@@ -398,7 +394,8 @@ def _listed(source):
     pairs = [tuple(o) if isinstance(o, tuple|list) else o for o in source]
     if not pairs: raise ImageError('the list of images with label maps is empty: give at least two pairs')
     for i,o in enumerate(pairs):
-        if not isinstance(o, tuple) or len(o) != 2: raise ValueError(f'item {i} is a {type(o).__name__} and no pair of image and label map: give [(image, label map), ...]')
+        if not isinstance(o, tuple) or len(o) != 2:
+            raise ValueError(f'item {i} is a {type(o).__name__} and no pair of image and label map: give [(image, label map), ...]')
     return pairs
 
 def segment_items(
@@ -429,7 +426,7 @@ def segment_items(
         if not part: raise ImageError(f'no image is left for {name}')
     return SegmentItems(pairs, split, codes, path)
 
-# %% ../nbs/16_segment.ipynb #1b6f550b
+# %% ../nbs/16_segment.ipynb #bfca9cc6
 def check_pairs(
     pairs:list, # Of (image, label map)
     codes:LabelCodes|None=None, # Decode all label maps, and look for numbers without a meaning; `None` = headers alone
@@ -438,8 +435,9 @@ def check_pairs(
     found = _for_all(partial(_check_pair, codes=codes), list(enumerate(pairs)), 20, len(pairs) <= 2000)
     bad = [o for o in found if isinstance(o, ImageError)]
     if len(bad) == 1: raise bad[0]
-    if bad: raise ImageError(f'{len(bad)} of {len(pairs)} pairs of image and label map cannot be used:' + ''.join(f'\n  {o}' for o in bad[:5]) + ('\n  ...' if len(bad) > 5 else ''))
-    return found
+    if not bad: return found
+    lines = ''.join(f'\n  {o}' for o in bad[:5]) + (f'\n  and {len(bad) - 5} more' if len(bad) > 5 else '')
+    raise ImageError(f'{len(bad)} of {len(pairs)} pairs of image and label map cannot be used:{lines}')
 
 def _check_pair(numbered, codes):
     i,(image,label) = numbered
@@ -471,7 +469,7 @@ class PairSet:
         if y.shape[::-1] != im.size: raise _other_size(image, im.size, name, y.shape[::-1])
         return im, PILMask(Image.fromarray(y))
 
-# %% ../nbs/16_segment.ipynb #dff98a54
+# %% ../nbs/16_segment.ipynb #06caed35
 class CropPair(ItemTransform):
     "A random piece of image and label map at a random scale, perhaps mirrored, in training"
     order = 1
@@ -535,7 +533,7 @@ def side_size(
     "A size with another short side"
     return tuple(size) if not side else tuple(max(1, round(o*side/min(size))) for o in size)
 
-# %% ../nbs/16_segment.ipynb #28b42605
+# %% ../nbs/16_segment.ipynb #6831420b
 class ColourPair(ItemTransform):
     "Change brightness, contrast, saturation and hue of the image, each in half of the cases, in training"
     order = 2
@@ -553,7 +551,7 @@ class ColourPair(ItemTransform):
         else: new = (self.light if im.mode == 'L' else self.colour)(im)
         return type(im)(new), o[1]
 
-# %% ../nbs/16_segment.ipynb #9b6b7af1
+# %% ../nbs/16_segment.ipynb #4e469ee3
 def _check_data(crop, bs, side, scale, max_share, in_chans, check):
     for ok,problem in (
         (bs >= 1, f'bs={bs} is no batch size: choose 1 or more'),
@@ -596,7 +594,7 @@ def segment_dls(
     dls.vocab,dls.c,dls.codes,dls.side = list(codes.vocab), len(codes.vocab), codes, side
     return dls
 
-# %% ../nbs/16_segment.ipynb #a5bd7bc9
+# %% ../nbs/16_segment.ipynb #6df63005
 @dataclass
 class SegmentReport:
     "How good a segmentation is"
@@ -636,7 +634,7 @@ class SegmentReport:
         rows = [f"{str(o['name']):{width}}{figure(o['pixels'])}{figure(o['iou'])}{figure(o['accuracy'])}" for o in self.classes]
         return '\n'.join([f"{'class':{width}}   pixels      IoU accuracy", *rows, self.summary()])
 
-# %% ../nbs/16_segment.ipynb #d964c84c
+# %% ../nbs/16_segment.ipynb #72530d6e
 def confusion(
     pred:Tensor, # Logits `(B, N, H, W)`, or classes `(B, H, W)`
     targ:Tensor, # Classes `(B, H, W)`
@@ -658,11 +656,12 @@ def segment_report(
     right,truth,union = m.diag(), m.sum(1), m.sum(1) + m.sum(0) - m.diag()
     total = m.sum().item()
     share = lambda a, b: (a/b).item() if b > 0 else None
-    rows = [dict(name=str(c), pixels=truth[i].item()/total if total else 0., iou=share(right[i], union[i]), accuracy=share(right[i], truth[i])) for i,c in enumerate(vocab)]
+    rows = [dict(name=str(c), pixels=truth[i].item()/total if total else 0., iou=share(right[i], union[i]), accuracy=share(right[i], truth[i]))
+            for i,c in enumerate(vocab)]
     mean = lambda k: float(np.mean(v)) if (v := [o[k] for o in rows if o[k] is not None]) else float('nan')
     return SegmentReport(mean('iou'), right.sum().item()/total if total else float('nan'), mean('accuracy'), rows, images, about or None)
 
-# %% ../nbs/16_segment.ipynb #dade666f
+# %% ../nbs/16_segment.ipynb #cd0c4813
 class SegmentMetric(Metric):
     "A figure of `SegmentReport` over all batches of a pass"
     def __init__(self,
@@ -700,7 +699,7 @@ def segment_metrics(
     first = SegmentMetric('miou', n, void)
     return [first, *(SegmentMetric(o, n, void, first) for o in ('accuracy', 'class_accuracy'))]
 
-# %% ../nbs/16_segment.ipynb #4acbd099
+# %% ../nbs/16_segment.ipynb #194ccb35
 class SegmentLoss(nn.Module):
     "Cross-entropy of each pixel with a label; of the auxiliary head too, in training"
     def __init__(self,
@@ -728,7 +727,7 @@ class SegmentLoss(nn.Module):
     def activation(self, x): return x.softmax(1)
     def decodes(self, x): return x.argmax(1)
 
-# %% ../nbs/16_segment.ipynb #9036fd00
+# %% ../nbs/16_segment.ipynb #a2dbf2c7
 class SegmentBatch(FitStart):
     "What a fit for segmentation needs beside fastai's own loop"
     order = MixedPrecision.order + 1                       # predictions are floats already
@@ -757,10 +756,11 @@ class MapLabels(ItemTransform):
 class SegmentLearner(SeededLearner):
     "A fastai `Learner` for segmentation, made by `segment_learner`"
 
-# %% ../nbs/16_segment.ipynb #51b49053
+# %% ../nbs/16_segment.ipynb #43d8a29d
 def _check_loaders(dls):
     for i,dl in enumerate(dls.loaders):
-        if not isinstance(dl, TfmdDL): raise TypeError(f"loader {i} is a {type(dl).__name__}: segment_learner needs fastai loaders, e.g. of segment_dls or SegmentationDataLoaders")
+        if not isinstance(dl, TfmdDL):
+            raise TypeError(f"loader {i} is a {type(dl).__name__}: segment_learner needs fastai loaders, e.g. of segment_dls or SegmentationDataLoaders")
         if any(isinstance(f, MaskBatch) for f in dl.after_batch.fs):
             raise ValueError("these loaders were prepared for pretraining, with masks in place of labels: make new ones with segment_dls")
 
@@ -785,10 +785,11 @@ def _check_batch(b, codes):
     if y.shape[1:] != x.shape[2:]: raise ValueError(f"images have {tuple(x.shape[2:])} pixels and label maps {tuple(y.shape[1:])}: make both equal")
     y = plain(y)
     if (bad := y[(y != codes.void) & ((y < 0) | (y >= len(codes.vocab)))]).numel():
-        raise ValueError(f"a label map has the number {bad[0].item()}, and there are {len(codes.vocab)} classes, counted from 0: name all classes, or leave numbers out with ignore=")
+        raise ValueError(f"a label map has the number {bad[0].item()}, and there are {len(codes.vocab)} classes, counted from 0: "
+                         "name all classes, or leave numbers out with ignore=")
     return plain(x)
 
-# %% ../nbs/16_segment.ipynb #45cd3238
+# %% ../nbs/16_segment.ipynb #4a5d7f52
 def segment_learner(
     dls:DataLoaders, # Of `segment_dls`, or of fastai's `SegmentationDataLoaders` or `DataBlock`: floats from 0 to 1; a `Normalize` is replaced. Changed in place
     encoder, # What is trained, see `make_segmenter`: a model, a file of weights, 'packaged', a vision transformer of timm; copied
@@ -834,14 +835,15 @@ def segment_learner(
     for f in dls.train.after_item.fs:
         if isinstance(f, CropPair): f.fill = tuple(min(255, round(255*o)) for o in model.method.mean)
     prepare_dls(dls, model, None, seed)
-    learn = SegmentLearner(dls, model, SegmentLoss(codes.void, aux, weights), opt_func=partial(LayerOptim, opt=partial(torch.optim.AdamW, betas=betas, fused=True), layer_decay=layer_decay),
-                           lr=lr, wd=wd, splitter=layer_groups, metrics=[*segment_metrics(len(codes.vocab), codes.void), *L(metrics)], path=path, model_dir=model_dir,
-                           moms=moms, cbs=[SegmentBatch(), FiniteGuard(clip), *L(cbs)])
+    opt = partial(LayerOptim, opt=partial(torch.optim.AdamW, betas=betas, fused=True), layer_decay=layer_decay)
+    learn = SegmentLearner(dls, model, SegmentLoss(codes.void, aux, weights), opt_func=opt, lr=lr, wd=wd, splitter=layer_groups, path=path, model_dir=model_dir, moms=moms,
+                           train_bn=False, metrics=[*segment_metrics(len(codes.vocab), codes.void), *L(metrics)],
+                           cbs=[SegmentBatch(), FiniteGuard(clip), *L(cbs)])
     return _precisions[precision](learn)
 
 _precisions = dict(fp32=lambda learn: learn, bf16=lambda learn: learn.to_bf16(), fp16=lambda learn: learn.to_fp16())
 
-# %% ../nbs/16_segment.ipynb #f14746d3
+# %% ../nbs/16_segment.ipynb #8c934177
 @patch
 @remembered
 def fit_paper(self:SegmentLearner,
@@ -862,7 +864,7 @@ def fit_paper(self:SegmentLearner,
     fall = lambda p: lr*(1 - p)**power*min(1., p/warmup if warmup else 1.)
     self.fit(n_epoch, lr, wd, cbs=L(cbs) + ParamScheduler({'lr': fall}), start_epoch=start_epoch)
 
-# %% ../nbs/16_segment.ipynb #532b7c62
+# %% ../nbs/16_segment.ipynb #c69be842
 @dataclass(frozen=True)
 class SegmentRecipe:
     "Settings of a training for segmentation; the learning rate is that of the heads, for the recipe's batch"
@@ -889,7 +891,8 @@ class SegmentRecipe:
 
 segment_recipes = {r.name: r for r in (
     SegmentRecipe('bootmae_base_segment', 'vit_base_patch16_224', base_lr=4e-4, source="arXiv 2207.07116 and its authors' scripts, for ADE20K"),
-    SegmentRecipe('mae_base_segment', 'vit_base_patch16_224', source="arXiv 2111.06377, which follows BEiT's program and searches the learning rate; 1e-4 is a usual one"))}
+    SegmentRecipe('mae_base_segment', 'vit_base_patch16_224',
+                  source="arXiv 2111.06377, which follows BEiT's program and searches the learning rate; 1e-4 is a usual one"))}
 
 def segment_recipe(
     name:str|SegmentRecipe, # A name of `segment_recipes`, or a recipe
@@ -923,7 +926,7 @@ def fit_recipe(self:SegmentLearner,
     if epochs is None: epochs = max(1, math.ceil(r.steps*r.batch/images))
     self.fit_paper(epochs, r.base_lr, r.warmup_steps/r.steps, 1., per_step, r.wd, cbs, start_epoch)
 
-# %% ../nbs/16_segment.ipynb #ea18430c
+# %% ../nbs/16_segment.ipynb #99758773
 def window_starts(
     size:int, # Side of the image
     window:int, # Side of the window
@@ -977,7 +980,7 @@ def segment_probs(
                 total = p if total is None else total.add_(p)
     return total.div_(len(scales)*(1 + flip))
 
-# %% ../nbs/16_segment.ipynb #fb0e0705
+# %% ../nbs/16_segment.ipynb #bb4bd7ea
 def _classes_at(probs, size, at_once=2**24):
     "Classes and their probabilities `(H, W)`, on the CPU: the largest of probabilities `(N, h, w)` enlarged to a size"
     (n,h,w),(H,W) = probs.shape, size
@@ -1002,7 +1005,8 @@ def _as_input(model, image, side):
         image = torch.from_numpy(image.copy()).permute(2, 0, 1).float()/(255 if image.dtype == np.uint8 else 1)
     if isinstance(image, Tensor):
         x = plain(image).float()
-        if x.ndim != 3 or x.shape[0] != C: raise ValueError(f"a tensor of shape {tuple(x.shape)} is no image for this model: it takes ({C}, height, width), values from 0 to 1")
+        if x.ndim != 3 or x.shape[0] != C:
+            raise ValueError(f"a tensor of shape {tuple(x.shape)} is no image for this model: it takes ({C}, height, width), values from 0 to 1")
         own,size = tuple(x.shape[1:]), side_size(x.shape[1:], side)
         x = x[None].to(device)
         if size != own: x = F.interpolate(x, size, mode='bilinear', antialias=True)
@@ -1027,10 +1031,10 @@ def segment_image(
     x,own = _as_input(model, image, model.task['side'] if side is None else side)
     return _classes_at(segment_probs(model, x, window, stride, scales, flip, bs)[0], own)
 
-# %% ../nbs/16_segment.ipynb #f48a0f38
+# %% ../nbs/16_segment.ipynb #a614f99c
 def _labelled(model, data, ds_idx, side):
     "Images in the model's statistics `(B, C, h, w)` with their classes `(B, H, W)`, one item or batch after the other"
-    own = LabelCodes(tuple(model.vocab), tuple(model.values), (255,) if 255 not in model.values else ())
+    own = LabelCodes(tuple(model.vocab), tuple(model.label_values), (255,) if 255 not in model.label_values else ())
     if isinstance(data, SegmentItems):
         _same_classes(model, data.codes.vocab)
         data,own = [data.pairs[i] for i in data.split[ds_idx]], data.codes
@@ -1080,7 +1084,7 @@ def evaluate_segmenter(
     if not seen: raise ValueError("there are no images to look at")
     return segment_report(matrix, model.vocab, seen, side=side, window=window, stride=stride, scales=list(L(scales)), flip=flip)
 
-# %% ../nbs/16_segment.ipynb #8686cbc9
+# %% ../nbs/16_segment.ipynb #5ca00fb5
 def label_picture(
     labels, # Classes `(H, W)`, array or tensor
     palette, # Colour of each class `(N, 3)`, 0 to 255
@@ -1130,7 +1134,7 @@ def segment_sheet(
     res.paste(sheet); res.paste(below, (0, sheet.height))
     return res
 
-# %% ../nbs/16_segment.ipynb #2af6f203
+# %% ../nbs/16_segment.ipynb #6c504bc3
 @patch
 def show_batch(self:SegmentLearner,
     b=None, # Images and label maps; `None` = a batch of `dl`
