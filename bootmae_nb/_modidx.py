@@ -1700,6 +1700,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'bootmae_nb.segment._in_windows': ('segment.html#_in_windows', 'bootmae_nb/segment.py'),
                                     'bootmae_nb.segment._kept_heads': ('segment.html#_kept_heads', 'bootmae_nb/segment.py'),
                                     'bootmae_nb.segment._labelled': ('segment.html#_labelled', 'bootmae_nb/segment.py'),
+                                    'bootmae_nb.segment._like': ('segment.html#_like', 'bootmae_nb/segment.py'),
                                     'bootmae_nb.segment._listed': ('segment.html#_listed', 'bootmae_nb/segment.py'),
                                     'bootmae_nb.segment._name_of': ('segment.html#_name_of', 'bootmae_nb/segment.py'),
                                     'bootmae_nb.segment._needed': ('segment.html#_needed', 'bootmae_nb/segment.py'),

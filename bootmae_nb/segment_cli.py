@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bootmae_segment_train', 'bootmae_segment_evaluate', 'bootmae_segment_predict', 'bootmae_segment']
 
-# %% ../nbs/30a_segment_cli.ipynb #77909d1a
+# %% ../nbs/30a_segment_cli.ipynb #4427deb9
 import json, os, shlex, sys
 from contextlib import nullcontext
 from datetime import datetime
@@ -15,7 +15,7 @@ from typing import Annotated
 from fastcore.script import call_parse, parse_cli
 from .cli import _assignments, _named_images, _plain, _PlainLog, _run_folder, _size, plain_errors
 
-# %% ../nbs/30a_segment_cli.ipynb #77111f83
+# %% ../nbs/30a_segment_cli.ipynb #f5415d40
 def _numbers(text, name):
     "'0.5,2' as numbers"
     try: return tuple(float(o) for o in str(text).split(','))
@@ -33,7 +33,7 @@ def _encoder(source):
         if 'load_segmenter' not in str(e): raise
         return load_segmenter(source)
 
-# %% ../nbs/30a_segment_cli.ipynb #b7c369c3
+# %% ../nbs/30a_segment_cli.ipynb #80605a5e
 @call_parse(pos=['encoder', 'data'])
 @plain_errors
 def bootmae_segment_train(
@@ -83,7 +83,7 @@ def bootmae_segment_train(
     _write(learn, a, out)
     if ended: raise SystemExit(ended)
 
-# %% ../nbs/30a_segment_cli.ipynb #8418e107
+# %% ../nbs/30a_segment_cli.ipynb #ed36b085
 _may_differ = 'encoder data out overwrite resume allow_changes workers device state_minutes state_steps full_check'.split()
 
 def _of_run(args):
@@ -105,7 +105,7 @@ def _file(name, o):
     "An argument as JSON, files and folders with their whole paths"
     return os.path.abspath(o) if name == 'encoder' and os.path.exists(o) else _plain(name, o)
 
-# %% ../nbs/30a_segment_cli.ipynb #4e96d186
+# %% ../nbs/30a_segment_cli.ipynb #8d75b1a1
 def _learner(a, s, out):
     "The learner of a run, and how it trains: the verb and its arguments"
     from fastai.callback.training import GradientAccumulation
@@ -118,7 +118,8 @@ def _learner(a, s, out):
     if a.accumulate is not None and a.accumulate < bs: raise ValueError(f"--accumulate {a.accumulate} is below the batch of {bs}: give the images of a step, e.g. {2*bs}")
     crop,workers = _size(a.crop or str(r.crop if r else 512)), pick_workers(s.workers if a.workers is None else a.workers)
     dls = segment_dls(a.data, crop, bs, a.side or (r and r.side), _numbers(a.scale or '0.5,2', '--scale'), not a.no_flip, not a.no_colour,
-                      in_chans=a.in_chans or 3, check='full' if a.full_check else True, seed=a.seed, num_workers=workers, device=a.device, vocab=a.vocab, ignore=_ignored(a.ignore), reduce_zero=a.reduce_zero or None, valid_pct=.2 if a.valid_pct is None else a.valid_pct)
+                      in_chans=a.in_chans or 3, check='full' if a.full_check else True, seed=a.seed, num_workers=workers, device=a.device,
+                      vocab=a.vocab, ignore=_ignored(a.ignore), reduce_zero=a.reduce_zero or None, valid_pct=.2 if a.valid_pct is None else a.valid_pct)
     more = {k: getattr(r, k) for k in ('layer_decay', 'wd', 'betas', 'drop_path', 'aux', 'norm')} if r else {}
     more |= ({} if a.norm is None else dict(norm=a.norm)) | _assignments(a.set)
     cbs = [RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., best='miou', overwrite=a.overwrite)]
@@ -139,7 +140,7 @@ def _call(learn, a, r):
     if a.schedule == 'paper': return 'fit_paper', dict(n_epoch=a.epochs or 40) | ({} if lr is None else dict(base_lr=lr))
     return 'fit_one_cycle', dict(n_epoch=a.epochs or 40, lr_max=a.lr or 5e-4)
 
-# %% ../nbs/30a_segment_cli.ipynb #c20f0cf6
+# %% ../nbs/30a_segment_cli.ipynb #036746ea
 def _announce(learn, a, out):
     "What is about to happen, in a few lines"
     m,dls = learn.model, learn.dls
@@ -167,7 +168,7 @@ def _fit(learn, call, a, out):
         print(f'interrupted: writing what has been learnt so far; go on with: bootmae-segment train --resume {shlex.quote(str(out))}', flush=True)
     return ended
 
-# %% ../nbs/30a_segment_cli.ipynb #0edc0486
+# %% ../nbs/30a_segment_cli.ipynb #386f8dd3
 def _write(learn, a, out):
     "Model, figures and picture of a run"
     import pandas as pd
@@ -185,7 +186,7 @@ def _write(learn, a, out):
     write_whole(out/'results.png', lambda p: picture.save(p, format='png'))
     print(f"\n{report}\n\nmodel: {path}, the best one so far: {out/'best.safetensors'}, pictures: {out/'results.png'}")
 
-# %% ../nbs/30a_segment_cli.ipynb #1205d598
+# %% ../nbs/30a_segment_cli.ipynb #d8785304
 def _inference(model, sliding, window, stride, scales, flip, side):
     "Arguments of `segment_probs` from those of a command"
     if sliding and not window and not model.task['crop']: raise ValueError("the model does not tell the size of its training crops: give --window, e.g. 512")
@@ -225,7 +226,7 @@ def bootmae_segment_evaluate(
     report.about |= dict(model=str(model), data=str(data), part=part)
     print(f'{report}\n\n{report.save(out)}')
 
-# %% ../nbs/30a_segment_cli.ipynb #58a9dfc1
+# %% ../nbs/30a_segment_cli.ipynb #85ee9a23
 def _label_file(model, labels):
     "A label map with the numbers of its data set, and colours"
     from PIL import Image
@@ -267,7 +268,7 @@ def bootmae_segment_predict(
     names = legend(m.vocab, m.palette, 640)
     print(write_whole(out/'legend.png', lambda p: names.save(p, format='png')))
 
-# %% ../nbs/30a_segment_cli.ipynb #84c53ca1
+# %% ../nbs/30a_segment_cli.ipynb #8ac2a67d
 _commands = dict(train=(bootmae_segment_train, ['encoder', 'data']), evaluate=(bootmae_segment_evaluate, ['model', 'data']),
                  predict=(bootmae_segment_predict, ['model', 'images']))
 
@@ -277,7 +278,8 @@ def bootmae_segment():
     if name not in _commands:
         text = '\n'.join(f'  bootmae-segment {k:9} {f.__doc__}' for k,(f,_) in _commands.items())
         asked = name in ('-h', '--help')
-        print(f"usage: bootmae-segment {{{','.join(_commands)}}} ...\n\n{text}\n\nbootmae-segment train --help tells all flags of it", file=sys.stdout if asked else sys.stderr)
+        usage = f"usage: bootmae-segment {{{','.join(_commands)}}} ...\n\n{text}\n\nbootmae-segment train --help tells all flags of it"
+        print(usage, file=sys.stdout if asked else sys.stderr)
         if name and not asked: print(f"bootmae-segment: {name!r} is unknown, choose one of {', '.join(_commands)}", file=sys.stderr)
         raise SystemExit(0 if asked else 2)
     f,pos = _commands[name]
