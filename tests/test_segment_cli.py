@@ -55,9 +55,10 @@ def trained(command, home):
 
 
 def test_a_run_and_its_files(trained, home):
-    assert all(o in trained for o in ('UPerNet on encoder.safetensors', '3 classes', '8 training images, crops of 32 x 48 px in batches of 4; 3 validation images', 'miou', 'mIoU'))
-    assert sorted(o.name for o in (home/'run').iterdir()) == ['best.json', 'best.safetensors', 'history.csv', 'model.json', 'model.safetensors', 'results.png', 'run.json',
-                                                             'segmentation.json', 'state']
+    assert all(o in trained for o in ('UPerNet on encoder.safetensors', '3 classes', 'miou', 'mIoU'))
+    assert all(o in trained for o in ('8 training images, crops of 32 x 48 px in batches of 4', '3 validation images'))
+    assert sorted(o.name for o in (home/'run').iterdir()) == [
+        'best.json', 'best.safetensors', 'history.csv', 'model.json', 'model.safetensors', 'results.png', 'run.json', 'segmentation.json', 'state']
     assert (home/'run'/'history.csv').read_text().splitlines()[0] == 'epoch,train_loss,valid_loss,miou,accuracy,class_accuracy'
     about = json.loads((home/'run'/'model.json').read_text())
     assert about['config']['task']['kind'] == 'segment' and about['training']['crop'] == '32x48'
@@ -72,7 +73,8 @@ def test_evaluate(trained, command, home):
     a = json.loads((home/'a.json').read_text())
     best = json.loads((home/'run'/'best.json').read_text())['best']['value']
     assert a['miou'] == pytest.approx(best, abs=1e-6) and a['images'] == 3 and a['about']['part'] == 'valid'
-    for more,about in (['--sliding', '--stride', '16'], dict(window=[32, 48], stride=16)), (['--scales', '0.5,1', '--flip', '--side', '48'], dict(scales=[.5, 1], flip=True, side=48)):
+    several = ['--scales', '0.5,1', '--flip', '--side', '48'], dict(scales=[.5, 1], flip=True, side=48)
+    for more,about in (['--sliding', '--stride', '16'], dict(window=[32, 48], stride=16)), several:
         assert command('evaluate', 'run', 'data', '--out', 'b.json', '--part', 'train', *more)[0] == 0
         b = json.loads((home/'b.json').read_text())
         assert b['images'] == 8 and about.items() <= b['about'].items()
@@ -136,10 +138,10 @@ def test_help_answers_at_once():
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
 def test_ctrl_c_and_resume_give_the_model_of_a_run_that_was_not_stopped(command, home):
-    args = ['train', *small, '--epochs', 12, '--lr', '1e-3']
+    args = ['train', *small, '--epochs', 6, '--lr', '1e-3']
     assert command(*args, '--out', 'whole')[0] == 0
     env = dict(os.environ, BOOTMAE_DEVICE='cpu', OMP_NUM_THREADS='1')
-    run = subprocess.Popen([*start, *map(str, args), '--out', 'stopped', '--state-steps', '1'], cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*start, *map(str, args), '--out', 'stopped'], cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in run.stdout:
         if line.split()[:1] == ['1']: break
     run.send_signal(signal.SIGINT)
@@ -151,4 +153,4 @@ def test_ctrl_c_and_resume_give_the_model_of_a_run_that_was_not_stopped(command,
     assert status == 0, err
     a,b = (load_segmenter(home/o).state_dict() for o in ('whole', 'stopped'))
     assert all((v == b[k]).all() for k,v in a.items())
-    assert len((home/'stopped'/'history.csv').read_text().splitlines()) == 13
+    assert len((home/'stopped'/'history.csv').read_text().splitlines()) == 7
