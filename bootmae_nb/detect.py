@@ -12,7 +12,7 @@ __all__ = ['head_sizes', 'AnnotationError', 'CocoSet', 'read_coco', 'check_sizes
 # %% ../nbs/23_detect.ipynb #5cc52706
 import json, math, warnings
 from collections import Counter
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
@@ -28,7 +28,7 @@ from fastai.learner import Metric
 from fastai.torch_core import default_device, get_model
 from fastcore.basics import patch
 from fastcore.foundation import L
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -66,12 +66,14 @@ class AnnotationError(ValueError):
 def _read_json(path):
     "The content of an annotation file, whose parts are there and are lists"
     name = printable(str(path))
-    if not path.is_file(): raise AnnotationError(f"{name} is {'a folder' if path.is_dir() else 'not there'}: give the JSON with the annotations, e.g. annotations/instances_train.json")
+    if not path.is_file():
+        raise AnnotationError(f"{name} is {'a folder' if path.is_dir() else 'not there'}: give the JSON with the annotations, e.g. annotations/instances_train.json")
     try: d = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise AnnotationError(f"{name} cannot be read as JSON ({e}): download or write it again") from e
     if not isinstance(d, dict): raise AnnotationError(f"{name} holds a {type(d).__name__}, not COCO's dict of images, annotations and categories{_hint(d)}")
     for k in ('images', 'annotations', 'categories'):
-        if not isinstance(d.get(k), list): raise AnnotationError(f"{name} has no list {k!r}, only {', '.join(map(repr, d)) or 'nothing'}: give annotations in COCO's format")
+        if not isinstance(d.get(k), list):
+            raise AnnotationError(f"{name} has no list {k!r}, only {', '.join(map(repr, d)) or 'nothing'}: give annotations in COCO's format")
     return d
 
 def _hint(d): return ': this looks like a list of results, not of annotations' if isinstance(d, list) and d and isinstance(d[0], dict) and 'score' in d[0] else ''
@@ -119,7 +121,8 @@ def _segmentation_problem(seg, h, w):
     if not isinstance(seg, list): return f"its segmentation is a {type(seg).__name__}, expected polygons or RLE"
     if not seg: return "its segmentation is empty"
     for p in seg:
-        if not isinstance(p, list) or len(p) < 6 or len(p) % 2 or not all(map(_is_number, p)): return "its segmentation has a polygon that is no list of x, y, x, y, ... of three or more corners"
+        if not isinstance(p, list) or len(p) < 6 or len(p) % 2 or not all(map(_is_number, p)):
+            return "its segmentation has a polygon that is no list of x, y, x, y, ... of three or more corners"
 
 def _box_problem(box, h, w):
     "What is wrong with a box; `None` if nothing is"
@@ -196,22 +199,26 @@ def read_coco(
             why = _segmentation_problem(a['segmentation'], im['height'], im['width'])
         if why: bad.append(f"{what} of {im['file'].name}: {why}")
         else: things.setdefault(a['image_id'], []).append(a)
-    if bad and on_bad == 'raise': raise AnnotationError(f"{name}: {bad[0]}{f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''}. Mend the file, or leave such things out: on_bad='skip'")
+    if bad and on_bad == 'raise':
+        raise AnnotationError(f"{name}: {bad[0]}{_more(bad, 'more')}. Mend the file, or leave such things out: on_bad='skip'")
     if not kept: raise AnnotationError(f"{name}: none of its {len(ims)} images can be used, the first because {bad[0]}")
     stray = [a for a in things.pop(None, []) if a['image_id'] not in ims]
     if stray: bad.append(f"{len(stray)} annotations are of images that the file does not name, e.g. {stray[0]['image_id']!r}")
     if bad: warnings.warn(f"{name}: {len(bad)} things are left out: {'; '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}", stacklevel=2)
     return CocoSet(path, folder, list(kept.values()), [things.get(i, []) for i in kept], names, ids, bad)
 
+def _more(bad, what): return f" (and {len(bad) - 1} {what})" if len(bad) > 1 else ''
+
 def _usable_images(ims, folder, name, bad):
     "Images that are there and have a size; of others notes what is wrong"
     kept,gone = {}, []
     for i,o in ims.items():
-        if not all(isinstance(o[k], int) and o[k] > 0 for k in ('width', 'height')): bad.append(f"image {i} is said to have {o['width']} x {o['height']} pixels"); continue
+        if not all(isinstance(o[k], int) and o[k] > 0 for k in ('width', 'height')):
+            bad.append(f"image {i} is said to have {o['width']} x {o['height']} pixels"); continue
         file = folder/str(o['file_name'])
         if file.is_file(): kept[i] = dict(id=i, file=file, height=o['height'], width=o['width'])
         else: gone.append(f"image {file} is not there")
-    if gone and not kept: raise AnnotationError(f"{folder} holds none of the {len(gone)} images that {name} names, e.g. {gone[0].removeprefix('image ')}: give the right folder")
+    if gone and not kept: raise AnnotationError(f"{folder} holds none of the {len(gone)} images that {name} names ({gone[0]}): give the right folder")
     bad += gone
     return kept
 
@@ -229,7 +236,8 @@ def check_sizes(
         want = o['width'], o['height']
         if i in bad or s == want and files[i] not in opener.decoded: continue
         if (got := opener(files[i]).size) != want:
-            bad[i] = f"{files[i]} has {got[0]} x {got[1]} pixels, and {coco.file} says {want[0]} x {want[1]}: the annotations are of another image, or of one that was resized or turned"
+            bad[i] = (f"{files[i]} has {got[0]} x {got[1]} pixels, and {coco.file} says {want[0]} x {want[1]}: "
+                      "the annotations are of another image, or of one that was resized or turned")
     return bad
 
 # %% ../nbs/23_detect.ipynb #63777b8e
@@ -365,7 +373,8 @@ def _pick_images(coco, keep_empty):
 def _same_classes(train, valid):
     "The validation set with the classes of the training set, by their names; each keeps its own ids"
     if extra := [c for c,i in zip(valid.names, valid.ids) if c not in train.names and any(a['category_id'] == i for o in valid.things for a in o)]:
-        raise AnnotationError(f"{valid.file} has things of {len(extra)} classes that {train.file} does not name ({', '.join(extra[:5])}): give both the same classes, by the same names")
+        raise AnnotationError(f"{valid.file} has things of {len(extra)} classes that {train.file} does not name ({', '.join(extra[:5])}): "
+                              "give both the same classes, by the same names")
     own = dict(zip(valid.names, valid.ids))
     spare = (o for o in range(-1, -len(train.names) - 1, -1))             # ids for classes that this file does not name
     valid.ids = [own[c] if c in own else next(spare) for c in train.names]
@@ -375,7 +384,8 @@ def _same_classes(train, valid):
 def _without_bad(coco, opener, on_bad, cache):
     "Images that can be used, decoded if they fit in memory"
     bad = check_sizes(coco, opener, cache)
-    if bad and on_bad == 'raise': raise AnnotationError(f"{next(iter(bad.values()))}{f' (and {len(bad) - 1} more images cannot be used)' if len(bad) > 1 else ''}. on_bad='skip' leaves such images out")
+    if bad and on_bad == 'raise':
+        raise AnnotationError(f"{next(iter(bad.values()))}{_more(bad, 'more images cannot be used')}. on_bad='skip' leaves such images out")
     if len(bad) == len(coco): raise AnnotationError(f"none of the {len(coco)} images of {coco.file} can be used, the first because {next(iter(bad.values()))}")
     if bad: warnings.warn(f"{len(bad)} of {len(coco)} images of {coco.file} are left out: {'; '.join(list(bad.values())[:3])}", stacklevel=3)
     coco.left_out += bad.values()
@@ -387,10 +397,10 @@ def coco_dls(
     annotations:str|Path, # Their annotations, JSON in COCO's format
     valid_images:str|Path|None=None, # Folder of the validation images; `None` = that of the training images
     valid_annotations:str|Path|None=None, # Annotations for validation; `None` = a share of the training images is taken for it
-    img_size:int|tuple|None=None, # Size in pixels, `(height, width)`, that training images are scaled and cropped to; `None` = no scaling and no cropping, images of all sizes
+    img_size:int|tuple|None=None, # Size, `(height, width)` in pixels, training images are scaled and cropped to; `None` = no scaling, no cropping, all sizes
     bs:int=8, # Batch size
     crop:str='jitter', # How training images get their size, see `DetectAugment`: 'jitter' or 'resized'
-    scale:tuple|None=None, # Range of the scale, see `DetectAugment`; `None` = (0.5, 1.5) for 'jitter' and (0.3, 1) for 'resized'; (0.1, 2) is the papers' large-scale jitter
+    scale:tuple|None=None, # Range of the scale, see `DetectAugment`; `None` = (0.5, 1.5) for 'jitter', (0.3, 1) for 'resized'; (0.1, 2) is the papers' large-scale jitter
     flip:bool=True, # Mirror half of the training images
     vflip:bool=False, # Turn half of the training images upside down, where up means nothing
     colour:float=.2, # Most that colours of training images change, as a share
@@ -412,14 +422,16 @@ def coco_dls(
     augment = DetectAugment(size, crop, scale or dict(jitter=(.5, 1.5), resized=(.3, 1.)).get(crop, (1, 1)), flip, vflip, colour)
     train = read_coco(images, annotations, masks, on_bad)
     if valid_annotations is None:
-        if not 0 < valid_pct < 1 or len(train) < 2: raise ValueError(f"no share of {valid_pct} of {len(train)} images can be for validation: give valid_annotations, or valid_pct in (0, 1)")
+        if not 0 < valid_pct < 1 or len(train) < 2:
+            raise ValueError(f"no share of {valid_pct} of {len(train)} images can be for validation: give valid_annotations, or valid_pct in (0, 1)")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix_seed('split', seed) % 2**32)).tolist()
         n = min(max(round(valid_pct*len(train)), 1), len(train) - 1)
         train,valid = train.part(sorted(order[n:])), train.part(sorted(order[:n]))
     else: valid = _same_classes(train, read_coco(valid_images or images, valid_annotations, masks, on_bad))
     opener,device = OpenImage(in_chans), torch.device(device or default_device())
     train = train.part(_pick_images(train, keep_empty))
-    if not valid.n_things: warnings.warn(f"{valid.file} has nothing but images without annotations for validation: average precision is undefined there, and is shown as nan", stacklevel=2)
+    if not valid.n_things:
+        warnings.warn(f"{valid.file} says of no validation image what is in it: average precision is undefined there, and is shown as nan", stacklevel=2)
     train,valid = (_without_bad(o, opener, on_bad, cache) for o in (train, valid))
     def loader(coco, moving):
         workers = _n_workers(len(coco)//bs) if num_workers is None else num_workers
@@ -437,14 +449,19 @@ def find_annotations(
 ) -> dict: # Part -> folder of the images, annotation file
     "The parts of a data set in one of the usual layouts"
     folder = Path(folder)
-    if not folder.is_dir(): raise AnnotationError(f"{printable(str(folder))} is {'a file' if folder.is_file() else 'not there'}: give the folder of a data set, or use coco_dls(images, annotations)")
+    if not folder.is_dir():
+        raise AnnotationError(f"{printable(str(folder))} is {'a file' if folder.is_file() else 'not there'}: "
+                              "give the folder of a data set, or use coco_dls(images, annotations)")
     files = {o.stem.removeprefix('instances_'): o for o in sorted((folder/'annotations').glob('instances_*.json'))}
     files |= {o.parent.name: o for o in sorted(folder.glob('*/_annotations.coco.json'))}
-    if not files: raise AnnotationError(f"{folder} has neither annotations/instances_train.json nor train/_annotations.coco.json: use coco_dls(images, annotations) for another layout")
+    if not files:
+        raise AnnotationError(f"{folder} has neither annotations/instances_train.json nor train/_annotations.coco.json: "
+                              "use coco_dls(images, annotations) for another layout")
     res = {}
     for part,file in files.items():
         places = [folder/part/'images', folder/part, folder/'images'/part, folder/'images']
-        if (place := next((o for o in places if o.is_dir()), None)) is None: raise AnnotationError(f"{file} has no images beside it: expected them in {', '.join(map(str, places))}")
+        if (place := next((o for o in places if o.is_dir()), None)) is None:
+            raise AnnotationError(f"{file} has no images beside it: expected them in {', '.join(map(str, places))}")
         res[part] = place, file
     return res
 
@@ -504,9 +521,14 @@ def _tinted(pic, masks, colour):
     x = np.asarray(pic).astype(np.float32)
     for m,c in zip(masks, colour):
         m = Image.fromarray(np.asarray(m.cpu(), dtype=bool).astype(np.uint8)*255).resize(pic.size, Image.Resampling.BILINEAR)
-        a = np.asarray(m, dtype=np.float32)[..., None]/255*.45
+        a = np.maximum(np.asarray(m)*(.4/255), np.asarray(_edge(m))*(.9/255)).astype(np.float32)[..., None]
         x = x*(1 - a) + a*np.array(c)
     return Image.fromarray(x.round().astype(np.uint8))
+
+def _edge(m):
+    "The edge of a mask, a pixel wide"
+    m = m.point(lambda o: 255*(o > 127))
+    return ImageChops.difference(m, m.filter(ImageFilter.MinFilter(3)))
 
 def batch_sheet(
     x:Tensor, # Images `(B, C, H, W)`, values from 0 to 1
@@ -544,7 +566,8 @@ class SimplePyramid(nn.Module):
         levels = []
         for s in scales:
             layers,d = _finer(dim, s)
-            levels.append(nn.Sequential(*layers, nn.Conv2d(d, width, 1, bias=False), LayerNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)))
+            even = nn.Conv2d(d, width, 1, bias=False), LayerNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)
+            levels.append(nn.Sequential(*layers, *even))
         self.levels = nn.ModuleList(levels)
 
     def forward(self,
@@ -588,8 +611,9 @@ def _to_float(module, args, out):
 head_sizes = dict(
     paper=dict(width=256, convs=4, rpn_convs=2, head_width=1024, proposals=1000, samples=512, detections=100),
     small=dict(width=96, convs=1, rpn_convs=1, head_width=256, proposals=200, samples=96, detections=100))
-_size_words = dict(width='channels of the pyramid', convs='convolutions of box and mask heads', rpn_convs='convolutions of the proposals\' head', head_width='width of the box head',
-                   proposals='regions that are looked at', samples='regions per image that training takes', detections='most things in an image')
+_size_words = dict(width='channels of the pyramid', convs='convolutions of box and mask heads', rpn_convs='convolutions before proposals',
+                   head_width='width of the box head', proposals='regions that are looked at', samples='regions per image that training takes',
+                   detections='most things in an image')
 
 def _make_heads(task, dim, patch, n_classes, mean, std):
     "torchvision's detector on a pyramid, without a backbone of its own"
@@ -599,8 +623,9 @@ def _make_heads(task, dim, patch, n_classes, mean, std):
     pyramid = SimplePyramid(dim, t['width'], t['scales'])
     anchors = _Anchors(every, [8*o for o in every])
     box_head = FastRCNNConvFCHead((t['width'], 7, 7), [t['width']]*t['convs'], [t['head_width']]*(1 if t['convs'] else 2), norm)
-    kw = dict(rpn_anchor_generator=anchors, rpn_head=RPNHead(t['width'], 3, t['rpn_convs']), rpn_pre_nms_top_n_train=2*t['proposals'], rpn_pre_nms_top_n_test=t['proposals'],
-              rpn_post_nms_top_n_train=t['proposals'], rpn_post_nms_top_n_test=t['proposals'], box_roi_pool=_pool(strides, patch, 7), box_head=box_head,
+    kw = dict(rpn_anchor_generator=anchors, rpn_head=RPNHead(t['width'], 3, t['rpn_convs']), rpn_pre_nms_top_n_train=2*t['proposals'],
+              rpn_pre_nms_top_n_test=t['proposals'], rpn_post_nms_top_n_train=t['proposals'], rpn_post_nms_top_n_test=t['proposals'],
+              box_roi_pool=_pool(strides, patch, 7), box_head=box_head,
               box_predictor=FastRCNNPredictor(t['head_width'], n_classes + 1), box_batch_size_per_image=t['samples'], rpn_batch_size_per_image=min(256, 2*t['samples']),
               box_detections_per_img=t['detections'], box_score_thresh=t['lowest_score'])
     if t['masks']:
@@ -666,7 +691,7 @@ class Detector(Downstream):
     def _losses(self, images, maps, targets):
         "The losses of the heads by name; outside training, regions are drawn that are the same each time"
         net,was = self.heads, self.training
-        with _training(net.rpn, net.roi_heads), seeded('losses', device=images.tensors.device) if not was else _nothing():
+        with _training(net.rpn, net.roi_heads), nullcontext() if was else seeded('losses', device=images.tensors.device):
             regions,a = net.rpn(images, maps, targets)
             _,b = net.roi_heads(maps, regions, images.image_sizes, targets)
         return {new: (a | b)[old] for old,new in _loss_names.items() if old in a | b}
@@ -677,8 +702,6 @@ class Detector(Downstream):
         found,_ = self.heads.roi_heads(maps, regions, images.image_sizes)
         found = self.heads.transform.postprocess(found, images.image_sizes, [size]*len(found))
         return [o | dict(labels=o['labels'] - 1) for o in found]
-
-_nothing = partial(contextmanager(lambda: (yield)))
 
 @contextmanager
 def _training(*modules):
@@ -697,11 +720,11 @@ def _things(targets, at=None):
 
 # %% ../nbs/23_detect.ipynb #acf7725f
 def make_detector(
-    encoder, # A `MaskedAutoencoder`, an `Encoder`, a plain vision transformer of timm or its name; a file of weights (ours, the authors', timm's), a run's folder, 'packaged'
+    encoder, # A model, an `Encoder`, a plain vision transformer of timm or its name; a file of weights (ours, the authors', timm's), a run's folder, 'packaged'
     vocab:list, # Names of the classes
     heads:str='paper', # Sizes of the heads: 'paper' (ViTDet's), or 'small' for small images and slow machines, see `head_sizes`
     masks:bool=True, # Masks too (Mask R-CNN); False = boxes alone (Faster R-CNN)
-    min_size:int|tuple|None=None, # Short side that images are resized to, in pixels; several: drawn in training, the last one otherwise; `None` = that of the encoder's images
+    min_size:int|tuple|None=None, # Short side in pixels that images are resized to; several: drawn in training, the last one otherwise; `None` = that of the encoder's
     max_size:int|None=None, # Longest long side; `None` = 5/3 of `min_size`
     in_chans:int|None=None, # Channels of the images; `None` = those of the encoder
     window:int|None=None, # Side in patches of the windows of attention in all blocks but four, for large images; `None` = none
@@ -716,14 +739,14 @@ def make_detector(
     names = [str(o) for o in vocab]
     if not names or len(set(names)) < len(names): raise ValueError(f"the classes {names} are none, or one is named twice: give each class a name of its own")
     if heads not in head_sizes: raise ValueError(f"heads={heads!r} is unknown: choose one of {', '.join(head_sizes)}")
-    if extra := set(sizes) - set(_size_words): raise TypeError(f"{', '.join(extra)} is no size of the heads: choose among {', '.join(f'{k} ({v})' for k,v in _size_words.items())}")
+    if extra := set(sizes) - set(_size_words):
+        raise TypeError(f"{', '.join(sorted(extra))} is no size of the heads: choose among {', '.join(f'{k} ({v})' for k,v in _size_words.items())}")
     known = {4: 0, 2: 1, 1: 2, .5: 3}
     if len(scales) < 2 or [known.get(s, -1) for s in scales] != sorted({known.get(s, -1) for s in scales}) or not set(scales) <= set(known):
         raise ValueError(f"scales={tuple(scales)} make no pyramid: give two or more of 4, 2, 1, 0.5, falling")
     model = adapt_encoder(encoder, None, in_chans, None, False, drop_path, stats, seed)
-    low = min(model.img_size) if min_size is None else min_size
-    if not all(isinstance(o, int) and o >= 1 for o in (low if isinstance(low, list|tuple) else [low])): raise ValueError(f"min_size={low} is no size: give the short side in pixels, e.g. 800")
-    low = list(low) if isinstance(low, list|tuple) else low
+    low = min(model.img_size) if min_size is None else list(min_size) if isinstance(min_size, list|tuple) else min_size
+    if not low or not all(isinstance(o, int) and o >= 1 for o in L(low)): raise ValueError(f"min_size={min_size} is no size: give the short side in pixels, e.g. 800")
     task = dict(kind='detect', vocab=names, masks=masks, min_size=low, max_size=max_size or round(np.max(low)*5/3), window=window, scales=list(scales),
                 lowest_score=lowest_score) | head_sizes[heads] | sizes
     return Detector(model, task, seed)
@@ -869,7 +892,8 @@ def evaluate_detector(
     return make_report(coco, rows, model.task['masks'] and dl.dataset.masks, max_dets)
 
 def _check_vocab(model, coco):
-    if model.vocab != list(coco.names): raise ValueError(f"the model finds {', '.join(model.vocab[:8])}, and the data have {', '.join(coco.names[:8])}: both need the same classes in the same order")
+    if model.vocab != list(coco.names):
+        raise ValueError(f"the model finds {', '.join(model.vocab[:8])}, and the data have {', '.join(coco.names[:8])}: both need the same classes in the same order")
 
 # %% ../nbs/23_detect.ipynb #b2c7e2b7
 class DetectLoss:
@@ -934,7 +958,7 @@ def _sizes(dls, min_size, max_size):
 
 def detect_learner(
     dls:DataLoaders, # Of `coco_dls` or `detect_dls`
-    encoder, # What is trained, see `make_detector`: a model, a file of weights, a run's folder, a vision transformer of timm, 'packaged'; copied. Or a `Detector`, which is taken as it is
+    encoder, # What is trained, see `make_detector`: a model, a file, a run's folder, a transformer of timm, 'packaged'; copied. Or a `Detector`, taken as it is
     heads:str='paper', # Sizes of the heads: 'paper' or 'small', see `head_sizes`
     min_size:int|tuple|None=None, # Short side that images are resized to; `None` = that of the loaders' `img_size`, else the usual one of the training images
     max_size:int|None=None, # Longest long side; `None` = likewise
@@ -957,7 +981,7 @@ def detect_learner(
     **kw # Further arguments of `make_detector`: scales, lowest_score, stats, and sizes of the heads
 ) -> DetectLearner:
     "A learner that trains a detector, and tells its AP after each epoch"
-    if not 0 < layer_decay <= 1: raise ValueError(f"layer_decay={layer_decay} is outside (0, 1]: give the rate of a layer over that of the next, e.g. 0.75, or 1 for equal rates")
+    if not 0 < layer_decay <= 1: raise ValueError(f"layer_decay={layer_decay} is outside (0, 1]: give the rate of a layer over that of the next, e.g. 0.75")
     if precision not in _precisions: raise ValueError(f"precision {precision!r} is unknown: choose one of {', '.join(_precisions)}")
     _check_loaders(dls)
     seed = seed if seed is not None else dls.train.seed
@@ -966,7 +990,8 @@ def detect_learner(
         if kw: raise TypeError(f"{', '.join(kw)} cannot be changed in a detector that is made already: give them to make_detector")
         model = encoder
         _check_vocab(model, dls.train.dataset.coco)
-        if model.task['masks'] != dls.masks: raise ValueError(f"the detector was made with masks={model.task['masks']}, the loaders with masks={dls.masks}: make both alike")
+        if model.task['masks'] != dls.masks:
+            raise ValueError(f"the detector was made with masks={model.task['masks']}, the loaders with masks={dls.masks}: make both alike")
         if model.in_chans != dls.in_chans: raise ValueError(f"the detector takes images of {model.in_chans} channels, the loaders give {dls.in_chans}: make both alike")
     else:
         low,high = _sizes(dls, min_size, max_size)
@@ -1030,7 +1055,8 @@ def _as_found(model, x, found, threshold):
     keep = found['scores'] >= threshold
     masks = (found['masks'][keep, 0] > .5).cpu() if 'masks' in found else None
     numbers = found['labels'][keep].cpu()
-    return Found(to_pil(x), found['boxes'][keep].float().cpu(), [model.vocab[i] for i in numbers.tolist()], found['scores'][keep].float().cpu(), masks, numbers, model.vocab)
+    boxes,scores = (found[k][keep].float().cpu() for k in ('boxes', 'scores'))
+    return Found(to_pil(x), boxes, [model.vocab[i] for i in numbers.tolist()], scores, masks, numbers, model.vocab)
 
 def detect_image(
     model:Detector, # The model
