@@ -238,7 +238,7 @@ def check_sizes(
         if (got := opener(files[i]).size) != want:
             bad[i] = (f"{files[i]} has {got[0]} x {got[1]} pixels, and {coco.file} says {want[0]} x {want[1]}: "
                       "the annotations are of another image, or of one that was resized or turned")
-    return bad
+    return dict(sorted(bad.items()))
 
 # %% ../nbs/23_detect.ipynb #63777b8e
 def thing_mask(
@@ -504,7 +504,7 @@ def draw_things(
     colours = _colours(len(names) if several else len(boxes))
     colour = [colours[int(c) if several else i] for i,c in enumerate(labels)]
     if masks is not None and len(masks): pic = _tinted(pic, masks, colour)
-    draw,font = ImageDraw.Draw(pic), ImageFont.load_default(size=max(10, min(14, h//18)))
+    draw,font = ImageDraw.Draw(pic), ImageFont.load_default(size=max(11, min(14, h//18)))
     for b,c in zip(boxes.tolist(), colour): draw.rectangle([o*k for o in b], outline=c, width=1 if h < 300 else 2)
     if not (len(boxes) <= 20 if words is None else words): return pic
     for i,(b,c) in enumerate(zip(boxes.tolist(), colour)):
