@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['head_sizes', 'AnnotationError', 'CocoSet', 'read_coco', 'check_sizes', 'thing_mask', 'DetectSet', 'mask_boxes',
-           'DetectAugment', 'DetectDL', 'coco_dls', 'find_annotations', 'detect_dls', 'draw_things', 'batch_sheet',
-           'SimplePyramid', 'Detector', 'make_detector', 'load_detector', 'coco_results', 'results_for', 'ground_truth',
-           'average_precision', 'DetectReport', 'make_report', 'evaluate_detector', 'DetectLoss', 'DetectPart',
-           'APMetric', 'DetectBatch', 'DetectLearner', 'detect_learner', 'Found', 'detect_image']
+           'DetectAugment', 'DetectDL', 'coco_dls', 'coco_dl', 'find_annotations', 'detect_dls', 'draw_things',
+           'batch_sheet', 'SimplePyramid', 'Detector', 'make_detector', 'load_detector', 'coco_results', 'results_for',
+           'ground_truth', 'average_precision', 'DetectReport', 'make_report', 'evaluate_detector', 'DetectLoss',
+           'DetectPart', 'APMetric', 'DetectBatch', 'DetectLearner', 'detect_learner', 'Found', 'detect_image']
 
 # %% ../nbs/23_detect.ipynb #5cc52706
 import json, math, warnings
@@ -370,16 +370,15 @@ def _pick_images(coco, keep_empty):
     if not any(full): raise AnnotationError(f"{coco.file} has no annotation but crowds of any of its {len(coco)} images: there is nothing to learn")
     return range(len(coco)) if keep_empty else [i for i,o in enumerate(full) if o]
 
-def _same_classes(train, valid):
-    "The validation set with the classes of the training set, by their names; each keeps its own ids"
-    if extra := [c for c,i in zip(valid.names, valid.ids) if c not in train.names and any(a['category_id'] == i for o in valid.things for a in o)]:
-        raise AnnotationError(f"{valid.file} has things of {len(extra)} classes that {train.file} does not name ({', '.join(extra[:5])}): "
+def _with_classes(coco, names, whose):
+    "Annotations with classes in another order, which they may not all name; each keeps its own id"
+    used = {a['category_id'] for o in coco.things for a in o}
+    if extra := [c for c,i in zip(coco.names, coco.ids) if c not in names and i in used]:
+        raise AnnotationError(f"{coco.file} has things of {len(extra)} classes that {whose} does not name ({', '.join(extra[:5])}): "
                               "give both the same classes, by the same names")
-    own = dict(zip(valid.names, valid.ids))
-    spare = (o for o in range(-1, -len(train.names) - 1, -1))             # ids for classes that this file does not name
-    valid.ids = [own[c] if c in own else next(spare) for c in train.names]
-    valid.names = train.names
-    return valid
+    own = dict(zip(coco.names, coco.ids))
+    coco.ids,coco.names = [own.get(c, -1 - i) for i,c in enumerate(names)], list(names)
+    return coco
 
 def _without_bad(coco, opener, on_bad, cache):
     "Images that can be used, decoded if they fit in memory"
@@ -390,6 +389,13 @@ def _without_bad(coco, opener, on_bad, cache):
     if bad: warnings.warn(f"{len(bad)} of {len(coco)} images of {coco.file} are left out: {'; '.join(list(bad.values())[:3])}", stacklevel=3)
     coco.left_out += bad.values()
     return coco.part([i for i in range(len(coco)) if i not in bad]) if bad else coco
+
+def _detect_dl(coco, augment, opener, masks, bs, seed, num_workers, device):
+    "A loader for training, with augmentation, or for looking at each image as it is"
+    if num_workers is None: num_workers = _n_workers(len(coco)//bs)
+    train = augment is not None
+    return DetectDL(DetectSet(coco, opener, masks), bs=bs, shuffle=train, drop_last=train and len(coco) >= bs, seed=seed, num_workers=num_workers,
+                    after_item=[augment] if train else [], after_batch=[_ToFloat()], device=device, pin_memory=device.type == 'cuda')
 
 # %% ../nbs/23_detect.ipynb #13b11abc
 def coco_dls(
@@ -427,19 +433,33 @@ def coco_dls(
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix_seed('split', seed) % 2**32)).tolist()
         n = min(max(round(valid_pct*len(train)), 1), len(train) - 1)
         train,valid = train.part(sorted(order[n:])), train.part(sorted(order[:n]))
-    else: valid = _same_classes(train, read_coco(valid_images or images, valid_annotations, masks, on_bad))
+    else: valid = _with_classes(read_coco(valid_images or images, valid_annotations, masks, on_bad), train.names, train.file)
     opener,device = OpenImage(in_chans), torch.device(device or default_device())
     train = train.part(_pick_images(train, keep_empty))
     if not valid.n_things:
         warnings.warn(f"{valid.file} says of no validation image what is in it: average precision is undefined there, and is shown as nan", stacklevel=2)
     train,valid = (_without_bad(o, opener, on_bad, cache) for o in (train, valid))
-    def loader(coco, moving):
-        workers = _n_workers(len(coco)//bs) if num_workers is None else num_workers
-        return DetectDL(DetectSet(coco, opener, masks), bs=bs, shuffle=moving, drop_last=moving and len(coco) >= bs, seed=seed, num_workers=workers,
-                        after_item=[augment] if moving else [], after_batch=[_ToFloat()], device=device, pin_memory=device.type == 'cuda')
-    dls = DataLoaders(loader(train, True), loader(valid, False), device=device, path=path or images)
+    loader = partial(_detect_dl, opener=opener, masks=masks, bs=bs, seed=seed, num_workers=num_workers, device=device)
+    dls = DataLoaders(loader(train, augment), loader(valid, None), device=device, path=path or images)
     dls.vocab,dls.c,dls.masks,dls.img_size,dls.in_chans = train.names, len(train.names), masks, size, in_chans
     return dls
+
+# %% ../nbs/23_detect.ipynb #4dbd7465
+def coco_dl(
+    images:str|Path, # Folder of the images
+    annotations:str|Path, # Their annotations, JSON in COCO's format
+    vocab:list|None=None, # Classes in the order that a model has them; `None` = in the order of their ids
+    masks:bool=True, # Load masks too
+    in_chans:int=3, # 1 grey, 3 RGB, 4 RGB and opacity
+    bs:int=8, # Batch size
+    on_bad:str='raise', # Annotations and images that cannot be used: 'raise', or 'skip' them
+    num_workers:int|None=None, # Processes that load images; `None` = chosen from the cores and the length of an epoch
+    device=None, # Where batches go; `None` = fastai's default
+) -> DetectDL: # Each image once, as it is
+    "A loader to evaluate a detector with"
+    coco,opener,device = read_coco(images, annotations, masks, on_bad), OpenImage(in_chans), torch.device(device or default_device())
+    if vocab is not None: coco = _with_classes(coco, vocab, 'the model')
+    return _detect_dl(_without_bad(coco, opener, on_bad, 0), None, opener, masks, bs, 42, num_workers, device)
 
 # %% ../nbs/23_detect.ipynb #2cdf6db7
 _valid_parts = 'valid', 'val', 'validation', 'test'

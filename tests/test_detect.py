@@ -386,7 +386,7 @@ def test_strides_and_anchors(patch):
 
 
 def test_regions_are_taken_from_their_places():
-    "A map that tells its own coordinates: what is pooled from a box tells where the box is, also in a small image that was padded; torchvision counts from the first pixel's middle"
+    "What is pooled from a map of coordinates tells where the box is, also in a small image that was padded; torchvision counts from the first pixel's middle"
     pool = detect._pool([2., 4., 8., 16.], 8, 7)
     maps = {str(i): torch.stack(torch.meshgrid(*[torch.arange(64//s)*1.*s]*2, indexing='ij'))[None] for i,s in enumerate((2, 4, 8, 16))}
     boxes = torch.tensor([[10., 14., 18., 30.]])
