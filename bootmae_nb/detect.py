@@ -514,7 +514,7 @@ def draw_things(
     scores:Tensor|None=None, # `(N,)`, written behind the names
     masks:Tensor|None=None, # `(N, h, w)`, boolean
     height:int|None=None, # Height of the result in pixels; `None` = as it is, but at least 192
-    words:bool|None=None, # Write names; `None` = where there are at most 20 things
+    words:bool|None=None, # Write names and scores; `None` = where there are at most 20 things, and names only where there are several classes
 ) -> Image.Image: # RGB
     "Boxes, masks and names on a picture"
     h = height or max(image.height, 192)
@@ -526,9 +526,9 @@ def draw_things(
     if masks is not None and len(masks): pic = _tinted(pic, masks, colour)
     draw,font = ImageDraw.Draw(pic), ImageFont.load_default(size=max(11, min(14, h//18)))
     for b,c in zip(boxes.tolist(), colour): draw.rectangle([o*k for o in b], outline=c, width=1 if h < 300 else 2)
-    if not (len(boxes) <= 20 if words is None else words): return pic
+    if not (len(boxes) <= 20 and (several or scores is not None) if words is None else words): return pic
     for i,(b,c) in enumerate(zip(boxes.tolist(), colour)):
-        text = str(names[int(labels[i])]) + ('' if scores is None else f' {scores[i]:.2f}')
+        text = ' '.join([*([str(names[int(labels[i])])] if several or words else []), *([] if scores is None else [f'{scores[i]:.2f}'])])
         x0,y0,x1,y1 = font.getbbox(text)
         x,y = min(max(b[0]*k, 0), max(pic.width - x1 - 4, 0)), b[1]*k - y1 - 3
         if y < 0: y = min(b[1]*k, pic.height - y1 - 3)
