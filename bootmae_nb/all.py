@@ -38,6 +38,8 @@ from .finetune import *
 from .scorecard import *
 from .dense import *
 from .scenes import *
+from .segment import *
+from .detect import *
 from .explore import *
 from .analyse import *
 
