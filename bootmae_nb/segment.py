@@ -11,7 +11,7 @@ __all__ = ['segment_recipes', 'LabelCodes', 'label_codes', 'open_label', 'map_sc
            'window_starts', 'segment_probs', 'segment_image', 'evaluate_segmenter', 'label_picture', 'legend',
            'segment_sheet']
 
-# %% ../nbs/16_segment.ipynb #b2ad8d95
+# %% ../nbs/16_segment.ipynb #f73294ab
 import colorsys, json, math, os, random, warnings
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -53,14 +53,14 @@ from .recipes import images_per_step, pick_recipe
 from .vit import own_seed, zero_key_bias_grads
 from .viz import contact_sheet, from_stats, to_pil, to_stats
 
-# %% ../nbs/16_segment.ipynb #81df71e3
+# %% ../nbs/16_segment.ipynb #42ce26fa
 def _check_classes(vocab):
     names = [o.item() if isinstance(o, np.generic) else o if isinstance(o, int) else str(o) for o in vocab]
     if len(names) < 2: raise ValueError(f"there {'is one class' if names else 'are no classes'} ({', '.join(map(str, names))}): segmentation needs two or more")
     if len(set(names)) < len(names): raise ValueError(f"a class is named twice among {', '.join(map(str, names[:20]))}: give each a name of its own")
     return names
 
-# %% ../nbs/16_segment.ipynb #f755d3ee
+# %% ../nbs/16_segment.ipynb #31c0a411
 class LabelCodes(NamedTuple):
     "What the numbers in label maps mean"
     vocab:tuple    # names of the classes
@@ -121,7 +121,7 @@ def label_codes(
     if 255 not in [i for _,i in kept]: out.add(255)
     return LabelCodes(tuple(n for n,_ in kept), tuple(i for _,i in kept), tuple(sorted(out)))
 
-# %% ../nbs/16_segment.ipynb #be9535dc
+# %% ../nbs/16_segment.ipynb #9a812933
 def open_label(
     src, # Path, PIL image, or array `(H, W)` of whole numbers
     name:str|None=None, # Name used in errors; `None` = the file's
@@ -148,7 +148,7 @@ def _numbers(x, name):
     if x.ndim != 2 or x.dtype.kind not in 'iu': raise ImageError(f'{name} holds {x.dtype} of shape {x.shape}: expected whole numbers (height, width), the classes')
     return x
 
-# %% ../nbs/16_segment.ipynb #e141a51e
+# %% ../nbs/16_segment.ipynb #2b5b3775
 def map_scales(
     patch_size:tuple, # Patch size in pixels, `(height, width)`
 ) -> tuple: # Four numbers
@@ -164,7 +164,7 @@ def _rescale(dim, scale, norm):
     if scale < 1: return nn.MaxPool2d(round(1/scale), ceil_mode=True)
     return {1: nn.Identity, 2: up, 4: lambda: nn.Sequential(up(), _norm(norm, dim), nn.GELU(), up())}[scale]()
 
-# %% ../nbs/16_segment.ipynb #b2458b94
+# %% ../nbs/16_segment.ipynb #b8873b27
 def _conv(n_in, n_out, k, norm): return nn.Sequential(nn.Conv2d(n_in, n_out, k, padding=k//2, bias=False), _norm(norm, n_out), nn.ReLU())
 def _resize(x, size): return F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
 
@@ -195,7 +195,7 @@ class UPerHead(nn.Module):
         levels = [f(m) for f,m in zip(self.smooth, levels)] + levels[3:]
         return self.classify(self.fuse(torch.cat([_resize(m, levels[0].shape[-2:]) for m in levels], 1)))
 
-# %% ../nbs/16_segment.ipynb #c8610667
+# %% ../nbs/16_segment.ipynb #1f337d8f
 class Segmenter(Downstream):
     "An encoder with UPerNet, for images of any size; made by `make_segmenter`"
     def __init__(self,
@@ -240,7 +240,7 @@ class Segmenter(Downstream):
         (h,w),(ph,pw) = images.shape[-2:], self.patch_size
         return _resize(logits, (-(-h//ph)*ph, -(-w//pw)*pw))[..., :h, :w]
 
-# %% ../nbs/16_segment.ipynb #e34cf586
+# %% ../nbs/16_segment.ipynb #033c56b8
 def _check_palette(palette, n):
     if palette is None: return None
     p = np.asarray(palette)
@@ -300,7 +300,7 @@ def load_segmenter(
     "Load a model for segmentation, after checking that it is whole"
     return load_model(path, device, kind='segment', make=_from_config)
 
-# %% ../nbs/16_segment.ipynb #7f1f083a
+# %% ../nbs/16_segment.ipynb #da67c775
 def class_colours(
     n:int, # Classes
 ) -> list: # Of `[red, green, blue]`, 0 to 255
@@ -310,7 +310,7 @@ def class_colours(
     hues = [colorsys.hsv_to_rgb(.61803398875*i % 1, (.55, .9, .7)[i % 3], (.95, .7, .45)[i//3 % 3]) for i in range(max(0, n - len(first)))]
     return (first + [[round(255*v) for v in o] for o in hues])[:n]
 
-# %% ../nbs/16_segment.ipynb #c8ec86b6
+# %% ../nbs/16_segment.ipynb #099bb06a
 class SegmentItems(NamedTuple):
     "Pairs of image and label map, and which of them are for training and for validation"
     pairs:list        # of (image, label map): paths, or whatever a list held
@@ -346,7 +346,7 @@ def _needed(folder):
     if res is None: raise ImageError(f'{folder} has a folder images and none for the label maps: put them into {folder}/labels (or {", ".join(_label_folders[1:4])})')
     return res
 
-# %% ../nbs/16_segment.ipynb #83e96f2b
+# %% ../nbs/16_segment.ipynb #a1e44d09
 def pair_files(
     images:Path, # Folder of images
     labels:Path, # Folder of label maps
@@ -374,7 +374,7 @@ def _ending(keys, maps):
     more = {o[len(keys[0]):] for o in maps if o.startswith(keys[0])}
     return next((e for e in sorted(more, key=len) if all(k + e in maps for k in keys)), '')
 
-# %% ../nbs/16_segment.ipynb #5aeacffa
+# %% ../nbs/16_segment.ipynb #4cae5a26
 def _read_names(path):
     "Names of the classes that a data set brings along"
     for name in ('codes.txt', 'classes.txt'):
@@ -429,7 +429,7 @@ def segment_items(
         if not part: raise ImageError(f'no image is left for {name}')
     return SegmentItems(pairs, split, codes, path)
 
-# %% ../nbs/16_segment.ipynb #26ca35ce
+# %% ../nbs/16_segment.ipynb #ca72057d
 def check_pairs(
     pairs:list, # Of (image, label map)
     codes:LabelCodes|None=None, # Decode all label maps, and look for numbers without a meaning; `None` = headers alone
@@ -472,7 +472,7 @@ class PairSet:
         if y.shape[::-1] != im.size: raise _other_size(image, im.size, name, y.shape[::-1])
         return im, PILMask(Image.fromarray(y))
 
-# %% ../nbs/16_segment.ipynb #473f2c22
+# %% ../nbs/16_segment.ipynb #aa81b903
 def _like(old, new): return new if type(old) is Image.Image else type(old)(new)        # Pillow's methods forget fastai's types
 
 class CropPair(ItemTransform):
@@ -538,7 +538,7 @@ def side_size(
     "A size with another short side"
     return tuple(size) if not side else tuple(max(1, round(o*side/min(size))) for o in size)
 
-# %% ../nbs/16_segment.ipynb #d6ac5c8e
+# %% ../nbs/16_segment.ipynb #b180d5f3
 class ColourPair(ItemTransform):
     "Change brightness, contrast, saturation and hue of the image, each in half of the cases, in training"
     order = 2
@@ -556,7 +556,7 @@ class ColourPair(ItemTransform):
         else: new = (self.light if im.mode == 'L' else self.colour)(im)
         return _like(im, new), o[1]
 
-# %% ../nbs/16_segment.ipynb #68d6f7ec
+# %% ../nbs/16_segment.ipynb #17f95061
 def _check_data(crop, bs, side, scale, max_share, in_chans, check):
     for ok,problem in (
         (bs >= 1, f'bs={bs} is no batch size: choose 1 or more'),
@@ -599,7 +599,7 @@ def segment_dls(
     dls.vocab,dls.c,dls.codes,dls.side = list(codes.vocab), len(codes.vocab), codes, side
     return dls
 
-# %% ../nbs/16_segment.ipynb #91111bb5
+# %% ../nbs/16_segment.ipynb #d3e9f1f8
 @dataclass
 class SegmentReport:
     "How good a segmentation is"
@@ -639,7 +639,7 @@ class SegmentReport:
         rows = [f"{str(o['name']):{width}}{figure(o['pixels'])}{figure(o['iou'])}{figure(o['accuracy'])}" for o in self.classes]
         return '\n'.join([f"{'class':{width}}   pixels      IoU accuracy", *rows, self.summary()])
 
-# %% ../nbs/16_segment.ipynb #59e57eec
+# %% ../nbs/16_segment.ipynb #c91f9cce
 def confusion(
     pred:Tensor, # Logits `(B, N, H, W)`, or classes `(B, H, W)`
     targ:Tensor, # Classes `(B, H, W)`
@@ -666,7 +666,7 @@ def segment_report(
     mean = lambda k: float(np.mean(v)) if (v := [o[k] for o in rows if o[k] is not None]) else float('nan')
     return SegmentReport(mean('iou'), right.sum().item()/total if total else float('nan'), mean('accuracy'), rows, images, about or None)
 
-# %% ../nbs/16_segment.ipynb #64566358
+# %% ../nbs/16_segment.ipynb #d06a9397
 class SegmentMetric(Metric):
     "A figure of `SegmentReport` over all batches of a pass"
     def __init__(self,
@@ -704,7 +704,7 @@ def segment_metrics(
     first = SegmentMetric('miou', n, void)
     return [first, *(SegmentMetric(o, n, void, first) for o in ('accuracy', 'class_accuracy'))]
 
-# %% ../nbs/16_segment.ipynb #01af6c45
+# %% ../nbs/16_segment.ipynb #4baf3d6f
 class SegmentLoss(nn.Module):
     "Cross-entropy of each pixel with a label; of the auxiliary head too, in training"
     def __init__(self,
@@ -732,7 +732,7 @@ class SegmentLoss(nn.Module):
     def activation(self, x): return x.softmax(1)
     def decodes(self, x): return x.argmax(1)
 
-# %% ../nbs/16_segment.ipynb #42bba434
+# %% ../nbs/16_segment.ipynb #4885deee
 class SegmentBatch(FitStart):
     "What a fit for segmentation needs beside fastai's own loop"
     order = MixedPrecision.order + 1                       # predictions are floats already
@@ -761,7 +761,7 @@ class MapLabels(ItemTransform):
 class SegmentLearner(SeededLearner):
     "A fastai `Learner` for segmentation, made by `segment_learner`"
 
-# %% ../nbs/16_segment.ipynb #9c84e67c
+# %% ../nbs/16_segment.ipynb #ff979277
 def _check_loaders(dls):
     for i,dl in enumerate(dls.loaders):
         if not isinstance(dl, TfmdDL):
@@ -795,7 +795,7 @@ def _check_batch(b, codes):
                          "name all classes, or leave numbers out with ignore=")
     return plain(x)
 
-# %% ../nbs/16_segment.ipynb #ba086aed
+# %% ../nbs/16_segment.ipynb #d7e0d71e
 def segment_learner(
     dls:DataLoaders, # Of `segment_dls`, or of fastai's `SegmentationDataLoaders` or `DataBlock`: floats from 0 to 1; a `Normalize` is replaced. Changed in place
     encoder, # What is trained, see `make_segmenter`: a model, a file of weights, 'packaged', a vision transformer of timm; copied
@@ -850,7 +850,7 @@ def segment_learner(
 
 _precisions = dict(fp32=lambda learn: learn, bf16=lambda learn: learn.to_bf16(), fp16=lambda learn: learn.to_fp16())
 
-# %% ../nbs/16_segment.ipynb #eabaa2f2
+# %% ../nbs/16_segment.ipynb #f333d649
 @patch
 @remembered
 def fit_paper(self:SegmentLearner,
@@ -871,7 +871,7 @@ def fit_paper(self:SegmentLearner,
     fall = lambda p: lr*(1 - p)**power*min(1., p/warmup if warmup else 1.)
     self.fit(n_epoch, lr, wd, cbs=L(cbs) + ParamScheduler({'lr': fall}), start_epoch=start_epoch)
 
-# %% ../nbs/16_segment.ipynb #377b7e0f
+# %% ../nbs/16_segment.ipynb #7bef6efb
 @dataclass(frozen=True)
 class SegmentRecipe:
     "Settings of a training for segmentation; the learning rate is that of the heads, for the recipe's batch"
@@ -933,7 +933,7 @@ def fit_recipe(self:SegmentLearner,
     if epochs is None: epochs = max(1, math.ceil(r.steps*r.batch/images))
     self.fit_paper(epochs, r.base_lr, r.warmup_steps/r.steps, 1., per_step, r.wd, cbs, start_epoch)
 
-# %% ../nbs/16_segment.ipynb #8f21a6aa
+# %% ../nbs/16_segment.ipynb #7117fbee
 def window_starts(
     size:int, # Side of the image
     window:int, # Side of the window
@@ -987,7 +987,7 @@ def segment_probs(
                 total = p if total is None else total.add_(p)
     return total.div_(len(scales)*(1 + flip))
 
-# %% ../nbs/16_segment.ipynb #cb258151
+# %% ../nbs/16_segment.ipynb #ef918c0f
 def _classes_at(probs, size, at_once=2**24):
     "Classes and their probabilities `(H, W)`, on the CPU: the largest of probabilities `(N, h, w)` enlarged to a size"
     (n,h,w),(H,W) = probs.shape, size
@@ -1038,7 +1038,7 @@ def segment_image(
     x,own = _as_input(model, image, model.task['side'] if side is None else side)
     return _classes_at(segment_probs(model, x, window, stride, scales, flip, bs)[0], own)
 
-# %% ../nbs/16_segment.ipynb #b431ea5e
+# %% ../nbs/16_segment.ipynb #6eb6b759
 def _labelled(model, data, ds_idx, side):
     "Images in the model's statistics `(B, C, h, w)` with their classes `(B, H, W)`, one item or batch after the other"
     own = model.codes
@@ -1091,7 +1091,7 @@ def evaluate_segmenter(
     if not seen: raise ValueError("there are no images to look at")
     return segment_report(matrix, model.vocab, seen, side=side, window=window, stride=stride, scales=list(L(scales)), flip=flip)
 
-# %% ../nbs/16_segment.ipynb #733c24af
+# %% ../nbs/16_segment.ipynb #cfe844ce
 def label_picture(
     labels, # Classes `(H, W)`, array or tensor
     palette, # Colour of each class `(N, 3)`, 0 to 255
@@ -1141,7 +1141,7 @@ def segment_sheet(
     res.paste(sheet); res.paste(below, (0, sheet.height))
     return res
 
-# %% ../nbs/16_segment.ipynb #bd2b3380
+# %% ../nbs/16_segment.ipynb #9a66a2fc
 @patch
 def show_batch(self:SegmentLearner,
     b=None, # Images and label maps; `None` = a batch of `dl`
