@@ -40,7 +40,7 @@ from .adapt import adapt_encoder, encoder_source
 from .callbacks import FitStart, MaskBatch
 from .checkpoints import load_model
 from .data import OpenImage, _for_all, _height_width, _loader, mix_seed, seeded
-from .dense import Downstream, feature_maps, pyramid_blocks
+from .dense import Downstream, Standardise, feature_maps, pyramid_blocks
 from .distributed import from_each
 from .files import write_whole
 from .finetune import LayerOptim, layer_groups
@@ -206,6 +206,7 @@ class Segmenter(Downstream):
         super().__init__(model, task)
         dim,n,norm,channels = self.encoder.dim, len(task['vocab']), task['norm'], task['channels']
         with own_seed(seed):
+            self.standard = nn.ModuleList(Standardise(dim) for _ in task['scales'])
             self.rescale = nn.ModuleList(_rescale(dim, o, norm) for o in task['scales'])
             self.head = UPerHead(dim, channels, n, norm, task['pools'], task['dropout'])
             self.auxiliary = nn.Sequential(_conv(dim, max(1, channels//2), 3, norm), nn.Dropout2d(task['dropout']), nn.Conv2d(max(1, channels//2), n, 1))
@@ -231,9 +232,16 @@ class Segmenter(Downstream):
         images = plain(images)
         with recomputed(self.activations == 'lean' and torch.is_grad_enabled()), attention_kinds[self.attention]():
             maps = feature_maps(self.encoder, images, pyramid_blocks(self.encoder.depth))
-        maps = [f(m) for f,m in zip(self.rescale, maps)]
+        maps = [f(s(m)) for f,s,m in zip(self.rescale, self.standard, maps)]
         main = self._to_size(self.head(maps), images)
         return dict(main=main, aux=self._to_size(self.auxiliary(maps[2]), images)) if self.training else main
+
+    def measure(self,
+        images:Tensor, # `(B, C, H, W)`, in the model's input statistics
+    ):
+        "Measure mean and standard deviation of each channel of the maps, see `Standardise`: once, before the training"
+        with evaluating(self):
+            for s,m in zip(self.standard, feature_maps(self.encoder, plain(images), pyramid_blocks(self.encoder.depth))): s.measure(m)
 
     def _to_size(self, logits, images):
         "At the size of the images, which the maps go beyond where it is no multiple of the patch"
@@ -838,6 +846,7 @@ def segment_learner(
     with seeded(seed, 'set-up'): x = _check_batch((dls.train if len(dls.train) else dls.valid).one_batch(), codes)
     model = make_segmenter(encoder, codes, x.shape[1], drop_path, norm, channels, scales, dropout, palette, getattr(dls, 'side', None), x.shape[2:],
                            keep_head, stats, seed)
+    if not keep_head: model.measure(to_stats(model, x.to(next(model.parameters()).device)))
     keep_activations(model, activations)
     for f in dls.train.after_item.fs:
         if isinstance(f, CropPair): f.fill = tuple(min(255, round(255*o)) for o in model.method.mean)
