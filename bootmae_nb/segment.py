@@ -8,8 +8,8 @@ __all__ = ['segment_recipes', 'LabelCodes', 'label_codes', 'open_label', 'map_sc
            'CropPair', 'WholePair', 'side_size', 'ColourPair', 'segment_dls', 'SegmentReport', 'confusion',
            'segment_report', 'SegmentMetric', 'segment_metrics', 'SegmentLoss', 'SegmentBatch', 'MapLabels',
            'SegmentLearner', 'segment_learner', 'SegmentRecipe', 'segment_recipe', 'segment_recipe_learner',
-           'window_starts', 'segment_probs', 'segment_image', 'evaluate_segmenter', 'label_picture', 'legend',
-           'segment_sheet']
+           'window_starts', 'auto_window', 'segment_probs', 'segment_image', 'evaluate_segmenter', 'label_picture',
+           'legend', 'segment_sheet']
 
 # %% ../nbs/16_segment.ipynb #f73294ab
 import colorsys, json, math, os, random, warnings
@@ -787,6 +787,16 @@ def _codes_of(dls, vocab, ignore):
     if names is None: raise ValueError("the loaders do not tell their classes: say them, vocab=['sky', 'road', …] (or codes= of SegmentationDataLoaders)")
     return label_codes(list(names), ignore)
 
+def _first_images(dl, codes, n=16):
+    "The first images of a loader, as many whatever the size of its batches, after a look at its labels"
+    got = []
+    with dl.fake_l.no_multiproc():
+        for b in dl:
+            x = _check_batch(b, codes)
+            if not got or x.shape[1:] == got[0].shape[1:]: got.append(x)
+            if sum(map(len, got)) >= n: break
+    return torch.cat(got)[:n]
+
 def _check_batch(b, codes):
     "Shape of images, or an error that says what is wrong with a batch"
     x,y = (*(b if isinstance(b, list|tuple) else [b]), None)[:2]
@@ -843,7 +853,7 @@ def segment_learner(
     if norm == 'batch' and dls.train.bs < 2: raise ValueError("norm='batch' needs two or more images in a batch, and bs is 1: use norm='group'")
     if not hasattr(dls, 'codes'):
         for dl in dls.loaders: dl.after_item.fs = L(f for f in dl.after_item.fs if not isinstance(f, MapLabels)); dl.after_item.add(MapLabels(codes))
-    with seeded(seed, 'set-up'): x = _check_batch((dls.train if len(dls.train) else dls.valid).one_batch(), codes)
+    with seeded(seed, 'set-up'): x = _first_images(dls.train if len(dls.train) else dls.valid, codes)
     model = make_segmenter(encoder, codes, x.shape[1], drop_path, norm, channels, scales, dropout, palette, getattr(dls, 'side', None), x.shape[2:],
                            keep_head, stats, seed)
     if not keep_head: model.measure(to_stats(model, x.to(next(model.parameters()).device)))
@@ -967,10 +977,19 @@ def _pair(o, name):
     if len(res) != 2 or min(res) < 1: raise ValueError(f"{name}={o} is no size: give a side in pixels, or (height, width)")
     return res
 
+def auto_window(
+    model:Segmenter, # The model
+    size:tuple, # Height and width of the images in pixels
+    most:int=4096, # Patches that are looked at as a whole
+) -> tuple|None: # `None` = whole images; else the size of the crops that the model was trained on, or 32 patches a side if it does not tell
+    "The window for images of a size: attention costs the square of the number of patches, and large images would take minutes and gigabytes"
+    ph,pw = model.patch_size
+    return None if -(-size[0]//ph)*-(-size[1]//pw) <= most else tuple(model.task.get('crop') or (32*ph, 32*pw))
+
 def segment_probs(
     model:Segmenter, # The model
     x:Tensor, # Images `(B, C, H, W)`, in the model's input statistics, on its device
-    window:int|tuple|None=None, # Side, or (height, width), of a window that slides over the images; `None` = whole images
+    window:int|tuple|str|None='auto', # Side, or (height, width), of a window that slides over images; `None` = whole images; 'auto' = see `auto_window`
     stride:int|tuple|None=None, # Steps of the window; `None` = two thirds of it
     scales:tuple=(1.,), # Sizes of the images, as shares
     flip:bool=False, # Mirrored too
@@ -979,9 +998,9 @@ def segment_probs(
     "Probabilities of classes for each pixel, averaged over windows, sizes and mirroring"
     scales = tuple(scales) if isinstance(scales, tuple|list) else (scales,)
     if not scales or min(scales) <= 0: raise ValueError(f"scales={scales} are no sizes: give e.g. (0.5, 1, 1.5)")
-    if window is not None: window = _pair(window, 'window')
+    auto,window = window == 'auto', window if window is None or window == 'auto' else _pair(window, 'window')
     stride = stride if stride is None else _pair(stride, 'stride')
-    if stride and not window: raise ValueError(f"stride={stride} is the step of a window: give window=… too")
+    if stride and (auto or not window): raise ValueError(f"stride={stride} is the step of a window: give window=… too")
     if stride and (stride[0] > window[0] or stride[1] > window[1]): raise ValueError(f"stride={stride} is larger than the window {window}: some pixels would not be seen")
     x,total = plain(x), None
     with evaluating(model):
@@ -989,8 +1008,8 @@ def segment_probs(
             size = tuple(max(1, round(o*s)) for o in x.shape[-2:])
             scaled = x if size == tuple(x.shape[-2:]) else F.interpolate(x, size, mode='bilinear', antialias=True)
             for mirrored in (False, True)[:1 + flip]:
-                o = scaled.flip(-1) if mirrored else scaled
-                p = _in_windows(model, o, window, stride or tuple(max(1, a*2//3) for a in window), bs) if window else model(o).float().softmax(1)
+                o,win = scaled.flip(-1) if mirrored else scaled, auto_window(model, size) if auto else window
+                p = _in_windows(model, o, win, stride or tuple(max(1, a*2//3) for a in win), bs) if win else model(o).float().softmax(1)
                 p = p.flip(-1) if mirrored else p
                 p = p if p.shape[-2:] == x.shape[-2:] else _resize(p, x.shape[-2:])
                 total = p if total is None else total.add_(p)
@@ -1037,7 +1056,7 @@ def segment_image(
     model:Segmenter, # The model
     image, # Path, PIL image, array, or tensor `(C, H, W)` with values from 0 to 1
     side:int|None=None, # Short side in pixels that the model works at; `None` = as in its training; 0 = the image's own
-    window:int|tuple|None=None, # As for `segment_probs`
+    window:int|tuple|str|None='auto', # As for `segment_probs`
     stride:int|tuple|None=None, # As for `segment_probs`
     scales:tuple=(1.,), # As for `segment_probs`
     flip:bool=False, # As for `segment_probs`
@@ -1081,7 +1100,7 @@ def evaluate_segmenter(
     data, # `DataLoaders`, a loader, what `segment_items` returned, or pairs of image and label map
     ds_idx:int=1, # Of `DataLoaders` and of `segment_items`: 0 = training, 1 = validation
     side:int|None=None, # As for `segment_image`
-    window:int|tuple|None=None, # As for `segment_probs`
+    window:int|tuple|str|None='auto', # As for `segment_probs`
     stride:int|tuple|None=None, # As for `segment_probs`
     scales:tuple=(1.,), # As for `segment_probs`
     flip:bool=False, # As for `segment_probs`

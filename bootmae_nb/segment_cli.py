@@ -190,7 +190,7 @@ def _write(learn, a, out):
 def _inference(model, sliding, window, stride, scales, flip, side):
     "Arguments of `segment_probs` from those of a command"
     if sliding and not window and not model.task['crop']: raise ValueError("the model does not tell the size of its training crops: give --window, e.g. 512")
-    win = _size(window) if window else tuple(model.task['crop']) if sliding else None
+    win = None if window == 'whole' else _size(window) if window else tuple(model.task['crop']) if sliding else 'auto'
     return dict(window=win, stride=_size(stride) if stride else None, scales=_numbers(scales, '--scales'), flip=flip, side=side)
 
 def _model(folder, device):
@@ -207,7 +207,7 @@ def bootmae_segment_evaluate(
     data:Path, # Folder of images with label maps, as for training
     part:str='valid', # valid or train
     sliding:bool=False, # A window of the training crop's size slides over the images
-    window:str=None, # Its size, such as 512 or 320x480
+    window:str=None, # Its size, such as 512 or 320x480; 'whole' for none; if not given, images of more than 4,096 patches have one
     stride:str=None, # Its steps; two thirds of it if not given
     scales:str='1', # Sizes of the images, with commas, e.g. 0.5,1,1.5
     flip:bool=False, # Mirrored too
@@ -245,7 +245,7 @@ def bootmae_segment_predict(
     images:Annotated[str, "Images, folders of images, or 'photos': those that come with the installed packages", dict(nargs='+')],
     out:Path=Path('segmented'), # Folder for label maps and pictures
     sliding:bool=False, # A window of the training crop's size slides over the images
-    window:str=None, # Its size, such as 512 or 320x480
+    window:str=None, # Its size, such as 512 or 320x480; 'whole' for none; if not given, images of more than 4,096 patches have one
     stride:str=None, # Its steps; two thirds of it if not given
     scales:str='1', # Sizes of the images, with commas, e.g. 0.5,1,1.5
     flip:bool=False, # Mirrored too

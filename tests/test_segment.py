@@ -21,9 +21,10 @@ from bootmae_nb.images import ImageError
 from bootmae_nb.models import mim_model
 from bootmae_nb.runs import ResumeError, RunState
 from bootmae_nb.scenes import make_scene, write_scenes
-from bootmae_nb.segment import (CropPair, LabelCodes, Segmenter, SegmentLoss, SegmentMetric, class_colours, confusion, evaluate_segmenter, label_codes, label_picture,
-                                load_segmenter, make_segmenter, map_scales, open_label, pair_files, segment_dls, segment_image, segment_items, segment_learner,
-                                segment_metrics, segment_probs, segment_recipe, segment_recipe_learner, segment_report, window_starts)
+from bootmae_nb.segment import (auto_window, CropPair, LabelCodes, Segmenter, SegmentLoss, SegmentMetric, class_colours, confusion,
+                                evaluate_segmenter, label_codes, label_picture, load_segmenter, make_segmenter, map_scales, open_label, pair_files,
+                                segment_dls, segment_image, segment_items, segment_learner, segment_metrics, segment_probs, segment_recipe,
+                                segment_recipe_learner, segment_report, window_starts)
 
 tiny = dict(arch='vit_tiny_patch16_224', img_size=32, patch_size=4, width=32, depth=2, heads=2, pixel_width=16)
 names = ['ground', 'zero', 'one']
@@ -86,7 +87,7 @@ def test_learns_on_a_gpu_in_half_precision(precision):
 def test_every_weight_but_the_unused_norm_learns():
     learn = learner(drop_path=0.); start = state(learn.model)
     quietly(learn, 'fit_one_cycle', 1, 1e-2)
-    still = {k for k,v in learn.model.state_dict().items() if torch.equal(v, start[k])}
+    still = {k for k,v in learn.model.named_parameters() if torch.equal(v, start[k])}
     assert all('vit.norm.' in k or k.endswith('pos_embed') for k in still), still
 
 
@@ -533,3 +534,31 @@ def test_metric_alone():
     learn = learner(metrics=SegmentMetric('accuracy', 3))
     f = quietly(learn, 'validate')
     assert f[2] == f[4]
+
+
+def test_large_images_go_through_a_window_by_themselves(model, monkeypatch):
+    seen = []
+    real = type(model).forward
+    monkeypatch.setattr(type(model), 'forward', lambda self, x: seen.append(tuple(x.shape[-2:])) or real(self, x))
+    ph,pw = model.patch_size
+    x = torch.randn(1, model.in_chans, 65*ph, 64*pw)
+    monkeypatch.setitem(model.config['task'], 'crop', [16*ph, 20*pw])
+    p = segment_probs(model, x)
+    assert p.shape[-2:] == x.shape[-2:] and set(seen) == {(16*ph, 20*pw)} and auto_window(model, (64*ph, 64*pw)) is None
+    seen.clear()
+    segment_probs(model, x[..., :2*ph, :]); segment_probs(model, x[..., :40*ph, :40*pw], window=None)
+    assert set(seen) == {(2*ph, 64*pw), (40*ph, 40*pw)}
+
+
+def test_maps_are_standardised_by_the_first_batch_and_stay_so(model, tmp_path):
+    from bootmae_nb.dense import feature_maps, pyramid_blocks
+    m = make_segmenter(model, model.vocab).eval()
+    x = 3*torch.randn(4, m.in_chans, 32, 48) + 1
+    m.measure(x)
+    with torch.no_grad():
+        for s,o in zip(m.standard, feature_maps(m.encoder, x, pyramid_blocks(m.encoder.depth))):
+            assert s(o).mean((0, 2, 3)).abs().max() < 1e-3 and (s(o).std((0, 2, 3)) < 1.01).all() and s(o).std((0, 2, 3)).median() > .98
+    before = [b.clone() for b in m.standard.buffers()]
+    m.train()(x)
+    again = load_segmenter(save_model(m, tmp_path/'m'))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a,b,c in zip(before, m.standard.buffers(), again.standard.buffers()))
