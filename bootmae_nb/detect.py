@@ -949,7 +949,7 @@ class DetectBatch(LabelBatch):
     ): self.max_dets,self.rows,self.made = max_dets, [], None
 
     def before_fit(self):
-        if num_distrib() > 1: raise RuntimeError(f"this is one of {num_distrib()} processes, and a detector is trained by one: its AP would be that of a share of the images")
+        if num_distrib() > 1: raise RuntimeError(f"this is one of {num_distrib()} processes: a detector is trained by one, or its AP would be of a share")
         super().before_fit()
 
     def before_validate(self): self.rows,self.made,self.dataset = [], None, self.dl.dataset
