@@ -739,6 +739,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'bootmae_nb/detect.py'),
                                    'bootmae_nb.detect.DetectBatch.before_batch': ( 'detect.html#detectbatch.before_batch',
                                                                                    'bootmae_nb/detect.py'),
+                                   'bootmae_nb.detect.DetectBatch.before_fit': ( 'detect.html#detectbatch.before_fit',
+                                                                                 'bootmae_nb/detect.py'),
                                    'bootmae_nb.detect.DetectBatch.before_validate': ( 'detect.html#detectbatch.before_validate',
                                                                                       'bootmae_nb/detect.py'),
                                    'bootmae_nb.detect.DetectBatch.report': ('detect.html#detectbatch.report', 'bootmae_nb/detect.py'),

@@ -25,7 +25,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import ItemTransform
 from fastai.learner import Metric
-from fastai.torch_core import default_device, get_model
+from fastai.torch_core import default_device, get_model, num_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
@@ -947,6 +947,10 @@ class DetectBatch(LabelBatch):
     def __init__(self,
         max_dets:int=100, # Findings per image that count
     ): self.max_dets,self.rows,self.made = max_dets, [], None
+
+    def before_fit(self):
+        if num_distrib() > 1: raise RuntimeError(f"this is one of {num_distrib()} processes: a detector is trained by one, or its AP would be of a share")
+        super().before_fit()
 
     def before_validate(self): self.rows,self.made,self.dataset = [], None, self.dl.dataset
     def before_batch(self): self.learn.xb = (plain(self.xb[0]), self.yb[0])
