@@ -49,7 +49,7 @@ from .adapt import adapt_encoder
 from .callbacks import LossPart
 from .checkpoints import load_model
 from .data import OpenImage, SeededDL, _for_all, _height_width, _n_workers, find_bad, mix_seed, seeded
-from .dense import Downstream, feature_maps
+from .dense import Downstream, Standardise, feature_maps
 from .finetune import LabelBatch, LayerOptim, _precisions, layer_groups
 from .guards import FiniteGuard
 from .images import ImageError, image_size, open_image, printable
@@ -669,6 +669,7 @@ class Detector(Downstream):
         super().__init__(model, task)
         ph,pw = model.patch_size
         if ph != pw: raise ValueError(f"patches of {ph} x {pw} pixels are not square: torchvision's region pooling needs square ones")
+        self.standard = Standardise(model.encoder.dim)
         with own_seed(seed): self.heads = _make_heads(task, model.encoder.dim, ph, len(task['vocab']), model.method.mean, model.method.std)
 
     @property
@@ -679,7 +680,15 @@ class Detector(Downstream):
     ) -> dict: # Name of a level -> `(B, width, h, w)`
         "The pyramid of images"
         with recomputed(self.activations == 'lean' and torch.is_grad_enabled()), attention_kinds[self.attention]():
-            return self.heads.backbone(feature_maps(self.encoder, x, window=self.task['window'])[0])
+            return self.heads.backbone(self.standard(feature_maps(self.encoder, x, window=self.task['window'])[0]))
+
+    def measure(self,
+        images:list, # Of `(C, H, W)`, pixels from 0 to 1
+    ):
+        "Measure mean and standard deviation of each channel of the encoder's map, see `Standardise`: once, before the training"
+        with evaluating(self):
+            x = self.heads.transform([plain(o) for o in images])[0].tensors
+            self.standard.measure(feature_maps(self.encoder, x, window=self.task['window'])[0])
 
     def forward(self,
         images, # `(B, C, H, W)`, or a list of `(C, H, W)`; pixels from 0 to 1
@@ -980,6 +989,16 @@ def _sizes(dls, min_size, max_size):
     if min_size is None: min_size = int(np.median([o for o,_ in sides]))
     return min_size, max_size or max(math.ceil(np.max(min_size)*np.median([b/a for a,b in sides])), int(np.max(min_size)*5/3))
 
+def _first_images(dl, n=16):
+    "The first images of a loader, as many whatever the size of its batches; the loader's next epoch stays the first"
+    images,epoch = [], dl.epoch
+    with dl.fake_l.no_multiproc():
+        for x,targ in dl:
+            images += [o[:, :h, :w].cpu() for o,(h,w) in zip(x, targ['size'].tolist())]
+            if len(images) >= n: break
+    dl.epoch = epoch
+    return images[:n]
+
 def detect_learner(
     dls:DataLoaders, # Of `coco_dls` or `detect_dls`
     encoder, # What is trained, see `make_detector`: a model, a file, a run's folder, a transformer of timm, 'packaged'; copied. Or a `Detector`, taken as it is
@@ -1020,6 +1039,7 @@ def detect_learner(
     else:
         low,high = _sizes(dls, min_size, max_size)
         model = make_detector(encoder, dls.vocab, heads, dls.masks, low, high, dls.in_chans, window, drop_path=drop_path, seed=seed, **kw)
+        model.measure(_first_images(dls.train))
     model.heads.transform.sized = dls.img_size is not None
     keep_activations(model, activations)
     figures = [f'{k}_{o}' for k in (('box', 'mask') if model.task['masks'] else ('box',)) for o in ('AP', 'AP50')]
