@@ -22,11 +22,11 @@ from .cli import _assignments, _named_images, _plain, _PlainLog, _run_folder, _s
 # %% ../nbs/30b_detect_cli.ipynb #b0bd2ff3
 @plain_errors
 def detect_train(
+    encoder:str=None, # What is trained: a file of weights or a run's folder, 'packaged', a name of timm's with weights
     source:str=None, # Folder with annotations/instances_train.json or the like, see `find_annotations`; or, with --annotations, the folder of the images
     annotations:Path=None, # JSON in COCO's format, for images in any folder
     valid_images:Path=None, # Folder of the validation images, with --valid-annotations; that of the training images if not given
     valid_annotations:Path=None, # Their annotations; a share of the training images (--valid-pct) is for validation if there are none
-    encoder:str='packaged', # What is trained: a file of weights or a run's folder, a name of timm's with weights, or 'packaged'
     epochs:int=None, # Passes over the images; 20 if not given
     img_size:str=None, # Size that training images are scaled and cropped to: 512, or height x width such as 384x512; as they are if not given
     bs:int=None, # Images in a batch; 8 if not given
@@ -66,10 +66,12 @@ _may_differ = 'out overwrite resume allow_changes workers device source annotati
 def _of_run(args):
     "The arguments of a command; of the run that it goes on with, if there is one"
     if args['resume'] is None:
-        if args['source'] is None: raise ValueError("no data were named: give a folder with images and annotations, or --resume and the folder of a run")
+        needed = dict(encoder="no encoder was named: give a file, a run's folder or 'packaged'", source='no data were named: give a folder with images and annotations')
+        for k,what in needed.items():
+            if args[k] is None: raise ValueError(f'{what}; or --resume and the folder of a run')
         return args
     saved = _read_run(args['resume'])['arguments']
-    given = {k: _word(k, v) for k,v in args.items() if v is not None and v is not False and (k, v) != ('encoder', 'packaged')}
+    given = {k: _word(k, v) for k,v in args.items() if v is not None and v is not False}
     changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
     if changed and not args['allow_changes']:
         raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
@@ -308,5 +310,5 @@ def bootmae_detect():
         print('\n'.join(wrong + lines), file=sys.stdout if known else sys.stderr)
         raise SystemExit(0 if known else 2)
     sys.argv = [f'{sys.argv[0]} {word}', *sys.argv[2:]]
-    args,kw,_ = parse_cli(_commands[word], pos=['source'] if word == 'train' else None)
+    args,kw,_ = parse_cli(_commands[word], pos=['encoder', 'source'] if word == 'train' else None)
     _commands[word](*args, **kw)

@@ -47,7 +47,7 @@ def command(tmp_path, capsys, monkeypatch):
 @pytest.fixture(scope='module')
 def trained(place):
     "A run of two epochs"
-    argv,home,sys.argv = sys.argv, os.getcwd(), ['bootmae-detect', 'train', str(place/'scenes'), '--encoder', str(place/'encoder.safetensors'), *small, '--epochs', '2',
+    argv,home,sys.argv = sys.argv, os.getcwd(), ['bootmae-detect', 'train', str(place/'encoder.safetensors'), str(place/'scenes'), *small, '--epochs', '2',
                                                  '--device', 'cpu', '--out', str(place/'run')]
     try: detect_cli.bootmae_detect()
     finally: sys.argv = argv; os.chdir(home)
@@ -97,9 +97,9 @@ def test_a_run_that_was_stopped_goes_on(command, trained, place, monkeypatch, tm
         if self.training and self.train_iter == 3: self.stop()
     with monkeypatch.context() as m:
         m.setattr(RunState, 'before_batch', stop_at_three, raising=False)
-        status,out,_ = command('train', place/'scenes', '--encoder', place/'encoder.safetensors', *small, '--epochs', '2', '--out', 'run')
+        status,out,_ = command('train', place/'encoder.safetensors', place/'scenes', *small, '--epochs', '2', '--out', 'run')
     assert status == 130 and 'bootmae-detect train --resume run' in out and (tmp_path/'run'/'model.safetensors').exists()
-    status,_,err = command('train', place/'scenes', '--out', 'run')
+    status,_,err = command('train', 'packaged', place/'scenes', '--out', 'run')
     assert status == 2 and 'go on with it' in err
     status,_,err = command('train', '--resume', 'run', '--bs', '2')
     assert status == 2 and 'bs: 3 -> 2' in err and '--allow-changes' in err
@@ -111,8 +111,9 @@ def test_a_run_that_was_stopped_goes_on(command, trained, place, monkeypatch, tm
 
 def test_other_kinds_of_runs(command, place, tmp_path):
     f = place/'scenes'/'train'/'images', '--annotations', place/'scenes'/'annotations'/'instances_train.json'
-    common = '--encoder', place/'encoder.safetensors', *small, '--epochs', '1'
-    status,out,err = command('train', *f, '--valid-pct', '0.34', '--boxes', '--schedule', 'paper', '--accumulate', '6', '--precision', 'bf16',
+    common = *small, '--epochs', '1'
+    status,out,err = command('train', place/'encoder.safetensors', *f, '--valid-pct', '0.34', '--boxes', '--schedule', 'paper', '--accumulate', '6',
+                             '--precision', 'bf16',
                              '--crop', 'resized', '--scale', '0.4,1', '--vflip', '--in-chans', '1', *common, '--out', 'boxes')
     assert status == 0, err
     assert 'Faster R-CNN' in out and 'bf16' in out and '4 training images' in out
@@ -123,12 +124,13 @@ def test_other_kinds_of_runs(command, place, tmp_path):
 
 
 @pytest.mark.parametrize('args,words', [
-    (('train',), 'no data were named'), (('train', 'nowhere'), 'nowhere is not there'), (('train', '{scenes}', '--scale', '3'), "scale '3' is not understood"),
-    (('train', '{scenes}', '--schedule', 'fast'), "schedule 'fast' is unknown"), (('train', '{scenes}', '--epochs', '0'), 'epochs 0 is below 1'),
-    (('train', '{scenes}', '--bs', '4', '--accumulate', '6'), 'no multiple of the batch size 4'),
-    (('train', '{scenes}', '--set', 'wings=2'), 'wings is no size of the heads'),
-    (('train', '{scenes}', '--valid-images', 'a'), 'go with --annotations'), (('train', '{scenes}', '--encoder', 'none.pth'), 'none.pth'),
-    (('train', '--resume', 'none'), 'holds no run of bootmae-detect'), (('train', '{scenes}', '--img-size', 'big'), "image size 'big'"),
+    (('train',), 'no encoder was named'), (('train', 'packaged'), 'no data were named'),
+    (('train', 'packaged', 'nowhere'), 'nowhere is not there'), (('train', 'packaged', '{scenes}', '--scale', '3'), "scale '3' is not understood"),
+    (('train', 'packaged', '{scenes}', '--schedule', 'fast'), "schedule 'fast' is unknown"), (('train', 'packaged', '{scenes}', '--epochs', '0'), 'epochs 0 is below 1'),
+    (('train', 'packaged', '{scenes}', '--bs', '4', '--accumulate', '6'), 'no multiple of the batch size 4'),
+    (('train', 'packaged', '{scenes}', '--set', 'wings=2'), 'wings is no size of the heads'),
+    (('train', 'packaged', '{scenes}', '--valid-images', 'a'), 'go with --annotations'), (('train', 'none.pth', '{scenes}'), 'none.pth'),
+    (('train', '--resume', 'none'), 'holds no run of bootmae-detect'), (('train', 'packaged', '{scenes}', '--img-size', 'big'), "image size 'big'"),
     (('evaluate', '{run}', '{scenes}', '--part', 'dev'), 'no annotations for dev'), (('evaluate', '{encoder}', '{scenes}'), 'without heads'),
     (('evaluate', '{run}', '{scenes}', '--max-dets', '0'), 'max_dets 0'), (('predict', '{run}', 'none.png'), 'none.png'),
     (('predict', '{run}', 'photos', '--threshold', '2'), 'outside [0, 1]'), (('predict', '{run}', 'photos', '--annotations', '{valid}'), 'does not name'),
