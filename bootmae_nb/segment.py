@@ -261,7 +261,7 @@ def make_segmenter(
     vocab:list|LabelCodes, # Names of the classes; or, of `label_codes`, with their numbers in label maps
     in_chans:int|None=None, # Channels of the images; `None` = those of the encoder
     drop_path:float=.1, # Highest rate of stochastic depth, reached in the last block
-    norm:str='group', # Norm of the heads: 'group', or 'batch' as in the papers, for 16 images or more in a batch
+    norm:str='group', # Norm of the heads: 'group', or 'batch' as in the papers, for four images or more in a batch
     channels:int|None=None, # Channels of the heads; `None` = 512, or two thirds of the encoder's width if that is less
     scales:tuple|None=None, # Sides of the four maps over the grid of patches, e.g. the papers' `(4, 2, 1, .5)`; `None` = those of `map_scales`
     dropout:float=.1, # Share of channels left out before the last layer of the heads
@@ -819,7 +819,7 @@ def segment_learner(
     encoder, # What is trained, see `make_segmenter`: a model, a file of weights, 'packaged', a vision transformer of timm; copied
     vocab:list|None=None, # Names of the classes; `None` = as `dls` tells
     ignore=(), # Numbers or names that are left out, beside 255, for loaders that `segment_dls` did not make
-    norm:str='group', # Norm of the heads: 'group', or 'batch' as in the papers, for 16 images or more in a batch
+    norm:str|None=None, # Norm of the heads: 'batch' as in the papers, or 'group'; `None` = 'batch' for four images or more in a batch
     channels:int|None=None, # Channels of the heads, see `make_segmenter`
     scales:tuple|None=None, # Sides of the four maps over the grid of patches, see `make_segmenter`
     dropout:float=.1, # Share of channels left out before the last layer of the heads
@@ -850,6 +850,7 @@ def segment_learner(
     _check_loaders(dls)
     codes,seed = _codes_of(dls, vocab, ignore), seed if seed is not None else getattr(dls.train, 'seed', 42)
     if weights is not None and len(weights) != len(codes.vocab): raise ValueError(f"there are {len(weights)} weights for {len(codes.vocab)} classes: give one for each")
+    norm = norm or ('batch' if dls.train.bs >= 4 else 'group')
     if norm == 'batch' and dls.train.bs < 2: raise ValueError("norm='batch' needs two or more images in a batch, and bs is 1: use norm='group'")
     if not hasattr(dls, 'codes'):
         for dl in dls.loaders: dl.after_item.fs = L(f for f in dl.after_item.fs if not isinstance(f, MapLabels)); dl.after_item.add(MapLabels(codes))
