@@ -56,7 +56,7 @@ def bootmae_segment_train(
     no_colour:bool=False, # Don't change colours
     in_chans:int=None, # Channels: 3 colour (if not given), 1 grey, 4 colour with opacity
     valid_pct:float=None, # Share of the images for validation, where there is no folder for them; 0.2 if not given
-    norm:str=None, # Norm of the heads: group (if not given), or batch for large batches
+    norm:str=None, # Norm of the heads: batch (if not given, for four images or more in a batch), or group
     keep_head:bool=False, # Keep the heads of a model for segmentation, whose classes must be these
     set:Annotated[str, "Further settings of segment_learner, e.g. layer_decay=0.65 drop_path=0.2 channels=256", dict(nargs='+')]=None,
     full_check:bool=False, # Look at all numbers of all label maps before training

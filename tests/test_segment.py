@@ -42,7 +42,7 @@ def loaders(items=None, valid=(6, 7), crop=(32, 48), bs=2, **kw):
     return segment_dls(items or pairs(), crop, bs, **dict(vocab=names, valid=list(valid), device='cpu', num_workers=0, seed=3) | kw)
 
 
-def learner(dls=None, enc=None, **kw): return segment_learner(dls or loaders(), enc or encoder(), **dict(channels=16, drop_path=.2) | kw)
+def learner(dls=None, enc=None, **kw): return segment_learner(dls or loaders(), enc or encoder(), **dict(channels=16, drop_path=.2, norm='group') | kw)
 
 
 def exact(items=None, bs=4):
@@ -562,3 +562,10 @@ def test_maps_are_standardised_by_the_first_batch_and_stay_so(model, tmp_path):
     m.train()(x)
     again = load_segmenter(save_model(m, tmp_path/'m'))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a,b,c in zip(before, m.standard.buffers(), again.standard.buffers()))
+
+
+def test_the_norm_of_the_heads_follows_the_batch():
+    def kinds(bs, **kw):
+        head = segment_learner(exact(bs=bs), encoder(), channels=16, **kw).model.head
+        return {type(m).__name__ for m in head.modules() if 'Norm' in type(m).__name__}
+    assert kinds(bs=4) == {'BatchNorm2d'} and kinds(bs=3) == {'GroupNorm'} and kinds(bs=4, norm='group') == {'GroupNorm'} and kinds(bs=2, norm='batch') == {'BatchNorm2d'}
