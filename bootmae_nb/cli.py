@@ -145,9 +145,12 @@ def _of_run(args):
     if args['resume'] is None:
         if args['source'] is None: raise ValueError("no images were named: give a folder of images, or 'photos', or --resume and the folder of a run")
         return args
-    saved = _read_run(args['resume'])['arguments']
-    given = {k: _plain(k, v) for k,v in args.items() if v is not None and v is not False}
-    changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
+    return _goes_on(args, _read_run(args['resume'])['arguments'], _may_differ, _plain)
+
+def _goes_on(args, saved, may_differ, plain):
+    "The arguments of a run that is gone on with, from those that were saved and those that were given now, of which few may be others"
+    given = {k: plain(k, v) for k,v in args.items() if v is not None and v is not False}
+    changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in may_differ and saved.get(k) != v]
     if changed and not args['allow_changes']:
         raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
     return args | saved | {k: args[k] for k in given} | dict(out=args['resume'])
@@ -157,6 +160,10 @@ def _plain(name, o):
     if isinstance(o, Path): return os.path.abspath(o)
     is_file = name == 'source' and o != 'photos' or name == 'teacher' and o not in ('momentum', 'frozen') and os.path.exists(o)
     return os.path.abspath(o) if is_file else o
+
+def _encoder_path(name, o):
+    "As `_plain`, where an encoder too may be a file"
+    return os.path.abspath(o) if name == 'encoder' and os.path.exists(o) else _plain(name, o)
 
 def _read_run(folder):
     try:
@@ -286,6 +293,22 @@ def _call(r, epochs, lr, schedule, per_step):
     if schedule == 'paper': return 'fit_paper', dict(n_epoch=epochs) | ({} if lr is None else dict(base_lr=lr*256/per_step))
     return 'fit_one_cycle', dict(n_epoch=epochs, lr_max=lr or 1e-3)
 
+def _until_stopped(learn, names, fit):
+    "Train, with bars in a terminal and lines elsewhere; the status to end with, 0 if the run was not stopped"
+    from contextlib import nullcontext
+    tty = sys.stdout.isatty()
+    if not tty and _first(): learn.logger = _PlainLog(['epoch', *names, 'time'])
+    with nullcontext() if tty else learn.no_bar():
+        try: fit()
+        except KeyboardInterrupt: return 130
+        except SystemExit as e: return e.code
+    return 0
+
+def _say_how_to_go_on(ended, state, command):
+    "A line for whoever stopped a run in the middle"
+    if ended and not state.finished:
+        _first_says(f'interrupted: writing what has been learnt so far; go on with: {command} --resume {shlex.quote(str(state.folder))}')
+
 def _resume(learn, verb, args, folder, allow_changes):
     "Go on as it was begun; with `allow_changes`, with the arguments of now"
     from bootmae_nb.runs import ResumeError, newest_info
@@ -297,24 +320,16 @@ def _fit(learn, call, first, resume, allow_changes):
     "Train; the losses by epoch as a table whose row 0 is before training, and the status to end with if the run was stopped"
     import time
     import pandas as pd
-    from contextlib import nullcontext
     parts = ['loss', *(m.name for m in learn.metrics)]
     names = [f'{kind}_{o}' for kind in ('train', 'valid') for o in parts]
     learn.recorder.train_metrics = True
-    if not sys.stdout.isatty() and _first(): learn.logger = _PlainLog(['epoch', *names, 'time'])
-    start,ended = time.perf_counter(), 0
-    with nullcontext() if sys.stdout.isatty() else learn.no_bar():
-        try:
-            verb,args = call
-            if resume: _resume(learn, verb, args, resume, allow_changes)
-            else: getattr(learn, verb)(**args)
-        except KeyboardInterrupt: ended = 130
-        except SystemExit as e: ended = e.code
+    start,(verb,args) = time.perf_counter(), call
+    ended = _until_stopped(learn, names, lambda: _resume(learn, verb, args, resume, allow_changes) if resume else getattr(learn, verb)(**args))
     took,state = time.perf_counter() - start, learn.run_state
     history = pd.DataFrame([[None]*len(parts) + first, *learn.recorder.values], columns=names).rename_axis('epoch')
     n_images = (learn.train_iter - state.first_step)*learn.dls.train.bs*learn.n_processes
     history.attrs = dict(seconds=round(took, 1), images_per_second=round(n_images/took, 1), data_wait=round(learn.data_wait.share, 4), interrupted=bool(ended))
-    if ended and not state.finished: _first_says(f'interrupted: writing what has been learnt so far; go on with: bootmae-train --resume {shlex.quote(str(state.folder))}')
+    _say_how_to_go_on(ended, state, 'bootmae-train')
     return history, ended
 
 # %% ../nbs/30_cli.ipynb #c79be177

@@ -7,17 +7,14 @@ __all__ = ['detect_train', 'detect_evaluate', 'detect_predict', 'bootmae_detect'
 
 # %% ../nbs/30b_detect_cli.ipynb #6fbcd49b
 import json
-import os
-import shlex
 import sys
 import time
-from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 from fastcore.script import parse_cli
-from .cli import _assignments, _named_images, _plain, _PlainLog, _run_folder, _size, plain_errors
+from .cli import _assignments, _encoder_path, _goes_on, _named_images, _run_folder, _say_how_to_go_on, _size, _until_stopped, plain_errors
 
 # %% ../nbs/30b_detect_cli.ipynb #b0bd2ff3
 @plain_errors
@@ -70,16 +67,7 @@ def _of_run(args):
         for k,what in needed.items():
             if args[k] is None: raise ValueError(f'{what}; or --resume and the folder of a run')
         return args
-    saved = _read_run(args['resume'])['arguments']
-    given = {k: _word(k, v) for k,v in args.items() if v is not None and v is not False}
-    changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
-    if changed and not args['allow_changes']:
-        raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
-    return args | saved | {k: args[k] for k in given} | dict(out=args['resume'])
-
-def _word(name, o):
-    "An argument as JSON, files and folders with their whole paths"
-    return os.path.abspath(o) if name == 'encoder' and os.path.exists(o) else _plain(name, o)
+    return _goes_on(args, _read_run(args['resume'])['arguments'], _may_differ, _encoder_path)
 
 def _read_run(folder):
     try:
@@ -157,7 +145,7 @@ def _announce(learn, device, precision, out):
 def _begin(learn, a, picked):
     "What a run was started with, written once the fit has begun"
     from bootmae_nb.files import write_whole
-    arguments = {k: _word(k, v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')}
+    arguments = {k: _encoder_path(k, v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')}
     started = _read_run(a.resume).get('started') if a.resume else datetime.now().isoformat(timespec='seconds')
     run = dict(kind='detect', started=started, arguments=arguments | picked)
     learn.run_state.begun = lambda: write_whole(learn.run_state.folder/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
@@ -168,18 +156,12 @@ def _fit(learn, call, a, out):
     import pandas as pd
     verb,args = call
     names = ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)]
-    if not sys.stdout.isatty(): learn.logger = _PlainLog(['epoch', *names, 'time'])
-    start,ended = time.perf_counter(), 0
-    with nullcontext() if sys.stdout.isatty() else learn.no_bar():
-        try:
-            if a.resume: learn.resume(out, a.allow_changes, **(args if a.allow_changes else {}))
-            else: getattr(learn, verb)(**args)
-        except KeyboardInterrupt: ended = 130
-        except SystemExit as e: ended = e.code
+    start = time.perf_counter()
+    fit = lambda: learn.resume(out, a.allow_changes, **(args if a.allow_changes else {})) if a.resume else getattr(learn, verb)(**args)
+    ended = _until_stopped(learn, names, fit)
     history = pd.DataFrame([[*o] for o in learn.recorder.values], columns=names).rename_axis('epoch')
     history.attrs = dict(seconds=round(time.perf_counter() - start, 1), interrupted=bool(ended))
-    if ended and not learn.run_state.finished:
-        print(f'interrupted: writing what has been learnt so far; go on with: bootmae-detect train --resume {shlex.quote(str(out))}', flush=True)
+    _say_how_to_go_on(ended, learn.run_state, 'bootmae-detect train')
     return history, ended
 
 def _write_run(learn, history, a, out):

@@ -6,14 +6,13 @@
 __all__ = ['bootmae_segment_train', 'bootmae_segment_evaluate', 'bootmae_segment_predict', 'bootmae_segment']
 
 # %% ../nbs/30a_segment_cli.ipynb #4427deb9
-import json, os, shlex, sys
-from contextlib import nullcontext
+import json, sys
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 from fastcore.script import call_parse, parse_cli
-from .cli import _assignments, _named_images, _plain, _PlainLog, _run_folder, _size, plain_errors
+from .cli import _assignments, _encoder_path, _goes_on, _named_images, _run_folder, _say_how_to_go_on, _size, _until_stopped, plain_errors
 
 # %% ../nbs/30a_segment_cli.ipynb #f5415d40
 def _numbers(text, name):
@@ -95,15 +94,7 @@ def _of_run(args):
     try: saved = json.loads((Path(args['resume'])/'run.json').read_text())['arguments']
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{args['resume']} holds no run of bootmae-segment to go on with ({e}): give the folder that it wrote to") from e
-    given = {k: _file(k, v) for k,v in args.items() if v is not None and v is not False}
-    changed = [f'{k}: {saved.get(k)} -> {v}' for k,v in given.items() if k not in _may_differ and saved.get(k) != v]
-    if changed and not args['allow_changes']:
-        raise ValueError(f"the run in {args['resume']} was started with other settings ({'; '.join(changed)}): leave them out, or say --allow-changes")
-    return args | saved | {k: args[k] for k in given} | dict(out=args['resume'])
-
-def _file(name, o):
-    "An argument as JSON, files and folders with their whole paths"
-    return os.path.abspath(o) if name == 'encoder' and os.path.exists(o) else _plain(name, o)
+    return _goes_on(args, saved, _may_differ, _encoder_path)
 
 # %% ../nbs/30a_segment_cli.ipynb #8d75b1a1
 def _learner(a, s, out):
@@ -153,19 +144,13 @@ def _announce(learn, a, out):
 def _fit(learn, call, a, out):
     "Train, or go on; the status to end with if the run was stopped"
     from bootmae_nb.files import write_whole
-    run = dict(arguments={k: _file(k, v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')},
+    run = dict(arguments={k: _encoder_path(k, v) for k,v in vars(a).items() if v is not None and k not in ('out', 'overwrite', 'resume', 'allow_changes')},
                started=datetime.now().isoformat(timespec='seconds'))
     learn.run_state.begun = lambda: write_whole(out/'run.json', lambda p: p.write_text(json.dumps(run, indent=2) + '\n'))
-    (verb,args),ended,tty = call, 0, sys.stdout.isatty()
-    if not tty: learn.logger = _PlainLog(['epoch', 'train_loss', 'valid_loss', *(m.name for m in learn.metrics), 'time'])
-    with nullcontext() if tty else learn.no_bar():
-        try:
-            if a.resume: learn.resume(out, a.allow_changes, **(args if a.allow_changes else {}))
-            else: getattr(learn, verb)(**args)
-        except KeyboardInterrupt: ended = 130
-        except SystemExit as e: ended = e.code
-    if ended and not learn.run_state.finished:
-        print(f'interrupted: writing what has been learnt so far; go on with: bootmae-segment train --resume {shlex.quote(str(out))}', flush=True)
+    verb,args = call
+    fit = lambda: learn.resume(out, a.allow_changes, **(args if a.allow_changes else {})) if a.resume else getattr(learn, verb)(**args)
+    ended = _until_stopped(learn, ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)], fit)
+    _say_how_to_go_on(ended, learn.run_state, 'bootmae-segment train')
     return ended
 
 # %% ../nbs/30a_segment_cli.ipynb #386f8dd3
