@@ -11,6 +11,8 @@ import time
 import warnings
 from pathlib import Path
 
+from fastai.callback.core import Callback, CancelValidException
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,13 +27,18 @@ def segmentation(data, encoder, seed, a, decay):
     return settings, figures
 
 
+class NoValidation(Callback):
+    "Measured once, at the end"
+    def before_validate(self): raise CancelValidException
+
+
 def detection(data, encoder, seed, a, decay):
     from bootmae_nb.detect import detect_dls, detect_learner, evaluate_detector
-    small = dict(width=64, head_width=128, proposals=150, samples=64, detections=200)
-    settings = dict(img_size=160, min_size=256, bs=2, scale=[1., 2.5], lr=1e-3, epochs=a.epochs or 2, layer_decay=decay or .9, heads=small)
-    dls = detect_dls(data, img_size=160, bs=2, scale=(1., 2.5), vflip=True, seed=seed, device=a.device)
-    learn = detect_learner(dls, encoder, 'small', min_size=256, max_size=400, layer_decay=settings['layer_decay'], drop_path=0., scales=(4, 2, 1), seed=seed, **small)
-    with learn.no_bar(): learn.fit_one_cycle(settings['epochs'], settings['lr'])
+    heads = dict(scales=(4, 2, 1), width=64, head_width=128, proposals=200, samples=64, detections=200)
+    settings = dict(img_size=128, min_size=384, bs=1, scale=[2., 4.], lr=7e-4, epochs=a.epochs or 4, layer_decay=decay or .9, heads=heads)
+    dls = detect_dls(data, img_size=128, bs=1, scale=(2., 4.), vflip=True, seed=seed, device=a.device)   # things as large as in whole images with a short side of 384
+    learn = detect_learner(dls, encoder, 'small', min_size=384, max_size=614, layer_decay=settings['layer_decay'], drop_path=0., seed=seed, **heads)
+    with learn.no_bar(): learn.fit_one_cycle(settings['epochs'], settings['lr'], cbs=NoValidation())
     report = evaluate_detector(learn.model, dls, max_dets=200)
     return settings, {f'{k}_{n}': report.kinds[k][n] for k in ('box', 'mask') for n in ('AP', 'AP50', 'AP75')}
 
@@ -43,7 +50,7 @@ def main():
     p.add_argument('--starts', nargs='*', default=['packaged', 'random'],
                    help="encoders: files, folders of runs, names of timm's, 'packaged'; 'random' = the first of them untrained")
     p.add_argument('--seeds', nargs='*', type=int, default=[0])
-    p.add_argument('--epochs', type=int, help='12 for segmentation and 2 for detection if not given')
+    p.add_argument('--epochs', type=int, help='12 for segmentation and 4 for detection if not given')
     p.add_argument('--side', type=int, default=120, help='short side of CamVid in pixels, 120 if not given')
     p.add_argument('--results', type=Path, default=ROOT/'nbs'/'study'/'downstream', help='folder for results; nbs/study/downstream if not given')
     p.add_argument('--device', default='cpu')
