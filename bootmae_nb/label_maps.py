@@ -152,16 +152,16 @@ def label_picture(
 def legend(
     names:list, # Names of classes
     colours, # Colour of each `(N, 3)`
-    width:int, # Width of the picture in pixels
+    width:int, # Most pixels in a row
     size:int=13, # Of the letters
 ) -> Image.Image: # RGB on white
     "Names of classes beside their colours, in rows"
-    font,x,y,at,line = ImageFont.load_default(size=size), 6, 4, [], size + 8
+    font,x,y,right,at,line = ImageFont.load_default(size=size), 6, 4, 6, [], size + 8
     for n in names:
         w = size + 6 + int(font.getlength(str(n))) + 16
         if x + w > width and x > 6: x,y = 6, y + line
-        at.append((x, y)); x += w
-    res = Image.new('RGB', (width, y + line if at else 0), 'white'); draw = ImageDraw.Draw(res)
+        at.append((x, y)); x += w; right = max(right, x)
+    res = Image.new('RGB', (min(right, width), y + line if at else 0), 'white'); draw = ImageDraw.Draw(res)
     for n,c,(x,y) in zip(names, colours, at):
         draw.rectangle([x, y, x + size, y + size], fill=tuple(int(o) for o in c), outline='#606060')
         draw.text((x + size + 6, y + size/2 + .5), str(n), 'black', font, anchor='lm')
