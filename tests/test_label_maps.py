@@ -6,7 +6,8 @@ from PIL import Image
 
 from common import classes, labelled_scenes, scene_loaders
 from bootmae_nb.images import ImageError
-from bootmae_nb.label_maps import CropPair, LabelCodes, class_colours, label_codes, label_picture, open_label, pair_files, segment_dls, segment_items
+from bootmae_nb.label_maps import (CropPair, LabelCodes, WholePair, class_colours, label_codes, label_picture, legend, open_label, pair_files, segment_dls,
+                                   segment_items, segment_sheet)
 from bootmae_nb.scenes import write_scenes
 
 
@@ -62,6 +63,15 @@ def test_crops_are_filled_with_the_mean_and_not_counted():
     im,lab = f((Image.new('RGB', (60, 40), 'white'), Image.new('L', (60, 40), 2)))
     x,y = np.asarray(im), np.asarray(lab)
     assert x.shape == (40, 60, 3) and (y[:20, :30] == 2).all() and (y[20:] == 255).all() and (x[25, 40] == (10, 20, 30)).all()
+
+
+def test_no_class_comes_from_between_two_others():
+    y = np.kron([[0, 200], [200, 0]], np.ones((24, 30))).astype(np.uint8)
+    pair = Image.new('RGB', (60, 48)), Image.fromarray(y)
+    crops = (CropPair((30, 40), 37, (.9, .9), max_share=1.), (40, 30)), (CropPair((90, 90), 95), (90, 90))
+    for move,size in (WholePair(37), (46, 37)), (WholePair(95), (119, 95)), *crops:
+        im,lab = move(pair)
+        assert im.size == lab.size == size and set(np.unique(np.asarray(lab))) <= {0, 200, 255}, move
 
 
 def test_no_class_has_most_of_a_crop_if_that_can_be_had():
@@ -147,3 +157,15 @@ def test_pictures():
     assert [tuple(o) for o in pic.reshape(-1, 3)] == [*map(tuple, class_colours(3)), (127, 127, 127)]
     over = np.asarray(label_picture(y, class_colours(3), Image.new('RGB', (2, 2), 'red')))
     assert tuple(over[1, 1]) == (255, 0, 0), 'without a label the image is seen'
+
+
+def test_a_sheet_has_sharp_classes_and_a_legend_of_those_that_occur():
+    red,green,blue = colours = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    is_colour = lambda x, c: (x == c).all(-1)
+    x = np.asarray(legend(['a', 'b'], [red, blue], 300))[10]
+    assert is_colour(x, red).argmax() < is_colour(x, blue).argmax() and x.shape[0] < 300
+    sheet = np.asarray(segment_sheet([[Image.new('RGB', (4, 2)), np.array([[0, 2, 0, 255]]*2)]], ['image', 'labels'], ['a', 'b', 'c'], colours, opacity=1.))
+    labels,below = sheet[28:156, 268:524], sheet[-15]
+    assert [[o.any() for o in (is_colour(p, c) for c in colours)] for p in (labels, below)] == [[True, False, True]]*2
+    assert {tuple(o) for o in labels.reshape(-1, 3)} == {red, blue, (0, 0, 0)}, 'without a label the image is seen'
+    assert 0 < is_colour(below, red).argmax() < is_colour(below, blue).argmax()

@@ -234,6 +234,8 @@ def test_the_papers_schedule():
     lrs,top = np.array(learn.recorder.lrs), 1e-4*2/16
     n = len(lrs); p = np.arange(n)/n
     assert np.allclose(lrs, top*(1 - p)*np.minimum(1, p/.2), atol=1e-9) and lrs.argmax() == n//5
+    quietly(learn, 'fit_paper', 2, 1e-4, warmup=0., power=2.)
+    assert np.allclose(learn.recorder.lrs, top*(1 - np.arange(6)/6)**2, atol=1e-9)
     r = segment_recipe('bootmae_base_segment')
     assert (r.base_lr, r.layer_decay, r.steps, r.crop, r.drop_path) == (4e-4, .65, 160_000, 512, .1)
     learn = segment_recipe_learner(scene_loaders(), encoder(), 'bootmae_base_segment', channels=16)
@@ -298,6 +300,14 @@ def test_evaluation_is_at_the_size_of_the_label_maps():
     assert sum(o['pixels'] for o in r.classes) == pytest.approx(1) and r.about['side'] == 32
     want = segment_report(sum(confusion(segment_image(learn.model, im)[0][None], torch.tensor(y)[None].long(), 3) for im,y in labelled_scenes(4, (64, 96))[2:]), classes)
     assert r.miou == pytest.approx(want.miou)
+
+
+def test_data_with_other_numbers_for_the_same_classes(model):
+    items = labelled_scenes(4); want = evaluate_segmenter(model, items)
+    found = segment_items([(im, y + 1) for im,y in items], classes, reduce_zero=True, valid=[1, 3])
+    assert found.codes.values == (1, 2, 3) != model.codes.values
+    shown = [evaluate_segmenter(model, data) for data in (found, segment_dls(found, 24, 2, device='cpu', num_workers=0), items[1::2])]
+    assert [o.classes for o in shown] == [shown[2].classes]*3 and want.images == 4 and shown[0].images == 2
 
 
 def test_ignored_pixels_have_no_say_in_loss_and_figures():
