@@ -150,7 +150,8 @@ def _read_safetensors(path, only_header=False):
         raise CheckpointError(f"{path} is not a whole safetensors file ({str(e).splitlines()[0]}): fetch or save it again") from e
     if 'config' in head and not {'digest', 'config_digest'} <= head.keys():
         raise CheckpointError(f"{path} is damaged: its header has lost the digests that it was saved with. Fetch or save it again")
-    if 'digest' in head and not only_header and tensor_digest(tensors) != head['digest']: raise CheckpointError(f"{path} is damaged: its tensors do not have the digest they were saved with")
+    if 'digest' in head and not only_header and tensor_digest(tensors) != head['digest']:
+        raise CheckpointError(f"{path} is damaged: its tensors do not have the digest they were saved with")
     if 'config_digest' in head and hashlib.sha256(head.get('config', '').encode()).hexdigest() != head['config_digest']:
         raise CheckpointError(f"{path} is damaged: its configuration does not have the digest it was saved with")
     return tensors, head
