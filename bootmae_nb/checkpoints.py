@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'tensor_digest', 'non_finite', 'refuse_non_finite', 'save_model', 'file_digest', 'packaged_file',
-           'find_checkpoint', 'load_model', 'authors_to_ours', 'to_authors', 'read_file', 'is_ours', 'read_weights',
-           'LoadReport', 'guess_layout', 'misfit', 'from_authors', 'load_teacher', 'load_weights', 'resized_positions',
-           'from_timm', 'to_timm']
+           'find_checkpoint', 'load_model', 'authors_to_ours', 'to_authors', 'read_file', 'is_ours', 'task_kind',
+           'read_weights', 'LoadReport', 'guess_layout', 'misfit', 'from_authors', 'load_teacher', 'load_weights',
+           'resized_positions', 'from_timm', 'to_timm']
 
 # %% ../nbs/09_checkpoints.ipynb #3283346a
 import argparse, copy, hashlib, json, re, warnings, zipfile
@@ -145,13 +145,13 @@ def _read_safetensors(path, only_header=False):
     "Tensors and header of a safetensors file, after comparing digests; or its header alone, which is small"
     try:
         with safe_open(path, 'pt') as f: head = f.metadata() or {}
-        if only_header: return {}, head
-        tensors = load_file(path)
+        tensors = {} if only_header else load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not a whole safetensors file ({str(e).splitlines()[0]}): fetch or save it again") from e
     if 'config' in head and not {'digest', 'config_digest'} <= head.keys():
         raise CheckpointError(f"{path} is damaged: its header has lost the digests that it was saved with. Fetch or save it again")
-    if 'digest' in head and tensor_digest(tensors) != head['digest']: raise CheckpointError(f"{path} is damaged: its tensors do not have the digest they were saved with")
+    if 'digest' in head and not only_header and tensor_digest(tensors) != head['digest']:
+        raise CheckpointError(f"{path} is damaged: its tensors do not have the digest they were saved with")
     if 'config_digest' in head and hashlib.sha256(head.get('config', '').encode()).hexdigest() != head['config_digest']:
         raise CheckpointError(f"{path} is damaged: its configuration does not have the digest it was saved with")
     return tensors, head
@@ -294,6 +294,15 @@ def is_ours(
 ) -> bool:
     "Whether a file is one of `save_model`: its header tells, the tensors are not read"
     return path.suffix == '.safetensors' and path.is_file() and 'config' in _read_safetensors(path, only_header=True)[1]
+
+def task_kind(
+    path:str|Path, # A file of any form, the folder of a run, or 'packaged'; it need not be there
+) -> str|None: # As `load_model` takes it: 'segment', 'detect'; `None` = no heads for such a task, or no file of `save_model`
+    "Kind of task that the model in a file has heads for: its header tells, the tensors are not read"
+    path = find_checkpoint(path)
+    if path.is_dir(): path = path/'model.safetensors'
+    if not is_ours(path): return None
+    return (json.loads(_read_safetensors(path, only_header=True)[1]['config']).get('task') or {}).get('kind')
 
 def _grid_of(path, tensors):
     "Rows and columns of patches, which only our own files tell"

@@ -24,13 +24,10 @@ def _ignored(texts): return [int(o) if o.lstrip('-').isdigit() else o for o in t
 
 def _encoder(source):
     "What is trained: a file of any form, or a model for segmentation"
-    from bootmae_nb.checkpoints import CheckpointError
+    from bootmae_nb.checkpoints import task_kind
     from bootmae_nb.cli import _any_model
     from bootmae_nb.segment import load_segmenter
-    try: return _any_model(source, None, None, False, False, None)
-    except CheckpointError as e:
-        if 'load_segmenter' not in str(e): raise
-        return load_segmenter(source)
+    return load_segmenter(source) if task_kind(source) == 'segment' else _any_model(source, None, None, False, False, None)
 
 # %% ../nbs/30a_segment_cli.ipynb #80605a5e
 @call_parse(pos=['encoder', 'data'])
@@ -100,8 +97,9 @@ def _of_run(args):
 def _learner(a, s, out):
     "The learner of a run, and how it trains: the verb and its arguments"
     from fastai.callback.training import GradientAccumulation
+    from bootmae_nb.label_maps import segment_dls
     from bootmae_nb.runs import RunState
-    from bootmae_nb.segment import segment_dls, segment_learner, segment_recipe
+    from bootmae_nb.segment import segment_learner, segment_recipe
     from bootmae_nb.settings import pick_workers
     if a.schedule not in (None, 'onecycle', 'paper'): raise ValueError(f"schedule {a.schedule!r} is unknown: choose onecycle or paper")
     r = segment_recipe(a.recipe) if a.recipe else None
@@ -201,7 +199,8 @@ def bootmae_segment_evaluate(
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
 ):
     "IoU of each class and its mean on images with label maps; prints a table, and writes JSON"
-    from bootmae_nb.segment import evaluate_segmenter, segment_items
+    from bootmae_nb.label_maps import segment_items
+    from bootmae_nb.segment import evaluate_segmenter
     if part not in ('valid', 'train'): raise ValueError(f"part {part!r} is unknown: choose valid or train")
     m = _model(model, device)
     kw = _inference(m, sliding, window, stride, scales, flip, side)
@@ -241,7 +240,8 @@ def bootmae_segment_predict(
     "Write a label map of each image, and the image with the classes in colours over it"
     from bootmae_nb.files import write_whole
     from bootmae_nb.images import open_image
-    from bootmae_nb.segment import label_picture, legend, segment_image
+    from bootmae_nb.label_maps import label_picture, legend
+    from bootmae_nb.segment import segment_image
     if not 0 <= opacity <= 1: raise ValueError(f"opacity {opacity} is outside [0, 1]: give e.g. 0.6")
     m = _model(model, device)
     kw,out = _inference(m, sliding, window, stride, scales, flip, side), Path(out)

@@ -3,9 +3,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
+from bootmae_nb import checkpoints
 from bootmae_nb.adapt import adapt_encoder
-from bootmae_nb.checkpoints import CheckpointError, load_model, save_model
+from bootmae_nb.checkpoints import CheckpointError, load_model, save_model, task_kind
 from bootmae_nb.dense import Downstream, feature_maps, from_windows, global_blocks, pyramid_blocks, to_windows
 from bootmae_nb.models import mim_model
 from bootmae_nb.vit import Encoder
@@ -106,3 +108,20 @@ def test_a_model_with_a_task_is_loaded_by_its_own_function(model, tmp_path):
         return Downstream(model_from_config(config), task)
     got = load_model(file, kind='segment', make=make)
     assert got.task == m.task and all(torch.equal(p, q) for p,q in zip(got.parameters(), m.parameters()))
+
+
+def test_the_kind_of_a_file_is_told_without_its_tensors(model, tmp_path, monkeypatch):
+    m = Downstream(adapt_encoder(model), dict(kind='segment', vocab=['a', 'b']))
+    file,run = save_model(m, tmp_path/'m'), tmp_path/'run'
+    run.mkdir(); save_model(m, run/'model'); encoder = save_model(model, tmp_path/'n')
+    torch.save(dict(model=model.state_dict()), tmp_path/'theirs.pth'); save_file(model.state_dict(), tmp_path/'bare.safetensors')
+    with monkeypatch.context() as c:
+        c.setattr(checkpoints, 'load_file', None)
+        assert [task_kind(o) for o in (file, str(file), run)] == ['segment']*3
+        others = encoder, 'packaged', tmp_path/'theirs.pth', tmp_path/'bare.safetensors', tmp_path, tmp_path/'none', 'vit_small_patch16_224'
+        assert [task_kind(o) for o in others] == [None]*7
+    data = file.read_bytes(); file.write_bytes(data.replace(b'segment', b'segmemt', 1))
+    assert file.read_bytes() != data
+    with pytest.raises(CheckpointError, match='m.safetensors is damaged: its configuration'): task_kind(file)
+    file.write_bytes(data[:50])
+    with pytest.raises(CheckpointError, match='not a whole safetensors file'): task_kind(file)

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def segmentation(data, encoder, seed, a, decay):
-    from bootmae_nb.segment import evaluate_segmenter, segment_dls, segment_learner
+    from bootmae_nb.label_maps import segment_dls
+    from bootmae_nb.segment import evaluate_segmenter, segment_learner
     settings = dict(crop=[round(a.side*.8/8)*8, round(a.side*16/15/8)*8], bs=8, side=a.side, lr=2e-3, epochs=a.epochs or 12, layer_decay=decay or .75)
     dls = segment_dls(data, crop=settings['crop'], bs=settings['bs'], side=a.side, ignore='Unlabelled', seed=seed, device=a.device)
     learn = segment_learner(dls, encoder, layer_decay=settings['layer_decay'], seed=seed)
