@@ -38,6 +38,7 @@ from .finetune import *
 from .scorecard import *
 from .dense import *
 from .scenes import *
+from .coco import *
 from .segment import *
 from .detect import *
 from .explore import *
