@@ -254,7 +254,7 @@ def draw_things(
     for b,c in zip(boxes.tolist(), colour): draw.rectangle([o*k for o in b], outline=c, width=1 if h < 300 else 2)
     if not (len(boxes) <= 20 and (several or scores is not None) if words is None else words): return pic
     for i,(b,c) in enumerate(zip(boxes.tolist(), colour)):
-        text = ' '.join([*([str(names[int(labels[i])])] if several or words else []), *([] if scores is None else [f'{scores[i]:.2f}'])])
+        text = ': '.join([*([str(names[int(labels[i])])] if several or words else []), *([] if scores is None else [f'{scores[i]:.2f}'])])
         x0,y0,x1,y1 = font.getbbox(text)
         x,y = min(max(b[0]*k, 0), max(pic.width - x1 - 4, 0)), b[1]*k - y1 - 3
         if y < 0: y = min(b[1]*k, pic.height - y1 - 3)
@@ -283,8 +283,10 @@ def batch_sheet(
     max_n:int=6, # Images to show
     height:int=192, # Height of each image in pixels
 ) -> Image.Image:
-    "The images of a batch with what is in them"
-    return contact_sheet([_true_pictures(x, targ, names, max_n, height)])
+    "The images of a batch with what is in them, three in a row"
+    pics = _true_pictures(x, targ, names, max_n, height)
+    if len(pics) > 3: pics += [Image.new('RGB', (1, height), 'white')]*(-len(pics) % 3)
+    return contact_sheet([pics[i:i + 3] for i in range(0, len(pics), 3)])
 
 def _true_pictures(x, targ, names, max_n, height):
     res = []

@@ -358,7 +358,7 @@ def _sizes(dls, min_size, max_size):
     if min_size is None: min_size = int(np.median([o for o,_ in sides]))
     return min_size, max_size or max(math.ceil(np.max(min_size)*np.median([b/a for a,b in sides])), int(np.max(min_size)*5/3))
 
-def _first_images(dl, n=16):
+def _unpadded_images(dl, n=16):
     "The first images of a loader, as many whatever the size of its batches; the loader's next epoch stays the first"
     images,epoch = [], dl.epoch
     with dl.fake_l.no_multiproc():
@@ -408,7 +408,7 @@ def detect_learner(
     else:
         low,high = _sizes(dls, min_size, max_size)
         model = make_detector(encoder, dls.vocab, heads, dls.masks, low, high, dls.in_chans, window, drop_path=drop_path, seed=seed, **kw)
-        model.measure(_first_images(dls.train))
+        model.measure(_unpadded_images(dls.train))
     model.heads.transform.sized = dls.img_size is not None
     keep_activations(model, activations)
     figures = [f'{k}_{o}' for k in (('box', 'mask') if model.task['masks'] else ('box',)) for o in ('AP', 'AP50')]
