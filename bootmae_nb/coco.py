@@ -283,10 +283,11 @@ def batch_sheet(
     max_n:int=6, # Images to show
     height:int=192, # Height of each image in pixels
 ) -> Image.Image:
-    "The images of a batch with what is in them, three in a row"
+    "The images of a batch with what is in them, three in a row where there are more than four"
     pics = _true_pictures(x, targ, names, max_n, height)
-    if len(pics) > 3: pics += [Image.new('RGB', (1, height), 'white')]*(-len(pics) % 3)
-    return contact_sheet([pics[i:i + 3] for i in range(0, len(pics), 3)])
+    n = 3 if len(pics) > 4 else len(pics)
+    pics += [Image.new('RGB', (1, height), 'white')]*(-len(pics) % n)
+    return contact_sheet([pics[i:i + n] for i in range(0, len(pics), n)])
 
 def _true_pictures(x, targ, names, max_n, height):
     res = []

@@ -349,9 +349,9 @@ def test_things_are_drawn():
 
 
 def test_pictures_of_a_batch_stand_in_rows_of_three(scenes):
-    dls = dls_of(scenes, bs=4)
-    two,four = (dls.valid.show_batch(max_n=n, height=100) for n in (2, 4))
-    assert two.height < 150 < four.height and two.width < four.width < 550
+    dls = dls_of(scenes, bs=6)
+    two,five = (dls.train.show_batch(max_n=n, height=100) for n in (2, 5))
+    assert two.height < 150 < five.height and two.width < five.width < 450
 
 
 # ---- average precision
