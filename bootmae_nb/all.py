@@ -39,6 +39,7 @@ from .scorecard import *
 from .dense import *
 from .scenes import *
 from .label_maps import *
+from .coco import *
 from .segment import *
 from .detect import *
 from .explore import *

@@ -85,7 +85,7 @@ def _range(text):
 # %% ../nbs/30b_detect_cli.ipynb #c0c002ce
 def _loaders(a, s, device):
     "Loaders of a run"
-    from bootmae_nb.detect import coco_dls, detect_dls
+    from bootmae_nb.coco import coco_dls, detect_dls
     from bootmae_nb.settings import pick_workers
     given = {k: getattr(a, k) for k in ('bs', 'crop', 'colour', 'in_chans', 'valid_pct')}
     given |= dict(img_size=a.img_size and _size(a.img_size), scale=a.scale and _range(a.scale))
@@ -181,16 +181,16 @@ def _write_run(learn, history, a, out):
     if skips := learn.finite_guard.skips: print(f"{len(skips)} batches or steps were skipped for numbers that are not finite: {learn.finite_guard.counts}")
 
 # %% ../nbs/30b_detect_cli.ipynb #b1a1745e
-def _open(checkpoint, device):
+def _open(path, device):
     "A detector from a file, or from the folder of a run: its best model if there is one"
     from bootmae_nb.detect import load_detector
-    path = Path(checkpoint)
+    path = Path(path)
     if path.is_dir() and (path/'best.safetensors').is_file(): path = path/'best.safetensors'
     return load_detector(path, device), path
 
 def _one_part(source, annotations, part):
     "Folder of the images, and their annotations"
-    from bootmae_nb.detect import AnnotationError, _valid_parts, find_annotations
+    from bootmae_nb.coco import AnnotationError, _valid_parts, find_annotations
     if annotations: return source, annotations
     parts = find_annotations(source)
     name = part or next((o for v in _valid_parts for o in parts if o.startswith(v)), None)
@@ -199,7 +199,7 @@ def _one_part(source, annotations, part):
 
 @plain_errors
 def detect_evaluate(
-    checkpoint:str, # A detector: a file, or the folder of a run, whose best model is taken
+    model:Path, # A run's folder, whose best model is taken, or a file
     source:str, # Folder of a data set, see `find_annotations`; or, with --annotations, the folder of the images
     annotations:Path=None, # JSON in COCO's format
     part:str=None, # Part of the data set: valid, val or test if not given
@@ -211,16 +211,17 @@ def detect_evaluate(
     workers:str=None, # Processes that load images, or auto; settings.ini's if not given
 ):
     "Average precision of a detector; prints tables, and writes them as JSON"
-    from bootmae_nb.detect import coco_dl, evaluate_detector
+    from bootmae_nb.coco import coco_dl
+    from bootmae_nb.detect import evaluate_detector
     from bootmae_nb.settings import load_settings, pick_device, pick_workers
     s = load_settings()
     if max_dets < 1: raise ValueError(f"max_dets {max_dets} is below 1: give the findings per image that count, e.g. 100")
-    model,path = _open(checkpoint, pick_device(device or s.device))
-    dl = coco_dl(*_one_part(source, annotations, part), model.vocab, model.task['masks'], model.in_chans, bs, 'skip' if skip_bad else 'raise',
-                 pick_workers(s.workers if workers is None else workers), next(model.parameters()).device)
-    report = evaluate_detector(model, dl, max_dets, sys.stdout.isatty())
+    m,path = _open(model, pick_device(device or s.device))
+    dl = coco_dl(*_one_part(source, annotations, part), m.vocab, m.task['masks'], m.in_chans, bs, 'skip' if skip_bad else 'raise',
+                 pick_workers(s.workers if workers is None else workers), next(m.parameters()).device)
+    report = evaluate_detector(m, dl, max_dets, sys.stdout.isatty())
     print(report, '\n')
-    about = dict(checkpoint=str(path), data=str(dl.dataset.coco.file), max_dets=max_dets, left_out=dl.dataset.coco.left_out)
+    about = dict(model=str(path), data=str(dl.dataset.coco.file), max_dets=max_dets, left_out=dl.dataset.coco.left_out)
     _write_json(Path(out), report.to_dict() | about)
     _write_results(Path(out).with_suffix(''), report.rows, list(report.kinds))
 
@@ -230,13 +231,13 @@ def _write_json(path, o):
 
 def _write_results(stem, rows, kinds):
     "Files of results as COCO's programs read them"
-    from bootmae_nb.detect import results_for
+    from bootmae_nb.coco import results_for
     for kind in kinds: _write_json(stem.with_name(f'{stem.name}_{kind}.json'), results_for(rows, dict(box='bbox', mask='segm')[kind]))
 
 # %% ../nbs/30b_detect_cli.ipynb #34ebc59a
 def _ids(annotations, vocab):
     "Ids of images by the names of their files, and ids of classes, as an annotation file has them"
-    from bootmae_nb.detect import AnnotationError, _read_json
+    from bootmae_nb.coco import AnnotationError, _read_json
     if annotations is None: return {}, list(range(1, len(vocab) + 1))
     d = _read_json(Path(annotations))
     own = {o['name']: o['id'] for o in d['categories']}
@@ -246,7 +247,7 @@ def _ids(annotations, vocab):
 
 @plain_errors
 def detect_predict(
-    checkpoint:str, # A detector: a file, or the folder of a run, whose best model is taken
+    model:Path, # A run's folder, whose best model is taken, or a file
     images:Annotated[str, "Images, folders of images, or 'photos': those that come with the installed packages", dict(nargs='+')],
     out:Path=Path('detections'), # Folder for pictures and results
     threshold:float=.5, # Least score of what is shown; the files of results hold everything that was found
@@ -255,28 +256,29 @@ def detect_predict(
     device:str=None, # auto, cuda, mps or cpu; settings.ini's if not given
 ):
     "Look for things in images; write pictures, results in COCO's format, and an annotation file to correct"
-    from bootmae_nb.detect import _as_found, _pixels, coco_results
+    from bootmae_nb.coco import coco_results
+    from bootmae_nb.detect import _as_found, _pixels
     from bootmae_nb.files import write_whole
     from bootmae_nb.models import evaluating
     from bootmae_nb.settings import load_settings, pick_device
     if not 0 <= threshold <= 1: raise ValueError(f"threshold {threshold} is outside [0, 1]: give the least score, e.g. 0.5")
-    model,_ = _open(checkpoint, pick_device(device or load_settings().device))
-    known,classes = _ids(annotations, model.vocab)
+    m,_ = _open(model, pick_device(device or load_settings().device))
+    known,classes = _ids(annotations, m.vocab)
     out,rows,about = Path(out), [], []
     for i,(name,file) in enumerate(_named_images(images).items(), 1):
-        x = _pixels(file, model.in_chans)
-        with evaluating(model): found = model([x.to(next(model.parameters()).device)])[0]
+        x = _pixels(file, m.in_chans)
+        with evaluating(m): found = m([x.to(next(m.parameters()).device)])[0]
         if known and Path(file).name not in known: raise ValueError(f"{annotations} does not name {file}: leave --annotations out, or this image")
         about.append(dict(id=known.get(Path(file).name, i), file_name=Path(file).name, height=x.shape[1], width=x.shape[2]))
         rows += coco_results(found, about[-1]['id'], classes)
-        seen = _as_found(model, x, found, threshold)
+        seen = _as_found(m, x, found, threshold)
         write_whole(out/f'{name}.png', lambda p, seen=seen: seen.picture(height).save(p, format='png'))
         words = [f'{c} {v:.2f}' for c,v in zip(seen.labels, seen.scores.tolist())]
         print(f"{out/name}.png: {', '.join(words[:8]) or 'nothing'}{' ...' if len(words) > 8 else ''}", flush=True)
-    _write_results(out/'results', rows, ['box', 'mask'] if model.task['masks'] else ['box'])
+    _write_results(out/'results', rows, ['box', 'mask'] if m.task['masks'] else ['box'])
     shown = [o for o in rows if o['score'] >= threshold]
     things = [dict(segmentation=[]) | o | dict(id=i, iscrowd=0, area=o['bbox'][2]*o['bbox'][3]) for i,o in enumerate(shown, 1)]
-    _write_json(out/'found.json', dict(images=about, annotations=things, categories=[dict(id=i, name=c) for i,c in zip(classes, model.vocab)]))
+    _write_json(out/'found.json', dict(images=about, annotations=things, categories=[dict(id=i, name=c) for i,c in zip(classes, m.vocab)]))
 
 # %% ../nbs/30b_detect_cli.ipynb #769a30b0
 _commands = dict(train=detect_train, evaluate=detect_evaluate, predict=detect_predict)

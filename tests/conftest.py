@@ -1,5 +1,6 @@
-"""What all tests share: a sensible number of threads, the data beside the checkout, skips that say why."""
+"""What all tests share: a sensible number of threads, the data beside the checkout, skips that say why, scenes, console commands."""
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,35 @@ def reference(shared):
 def data(shared):
     "Packed data sets, or a skip."
     return _folder_or_skip(shared/'data')
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory):
+    "Six scenes to train on and four to validate with, in the usual layout; read them only"
+    from bootmae_nb.scenes import write_scenes
+    return write_scenes(tmp_path_factory.mktemp('scenes'), 6, 4, size=(48, 64), side=(16, 30))
+
+
+@pytest.fixture
+def files(scenes):
+    "Folder of the training scenes, and their annotations"
+    return scenes/'train'/'images', scenes/'annotations'/'instances_train.json'
+
+
+@pytest.fixture
+def console(capsys, monkeypatch):
+    "A console command as in a terminal, in this process: its status, and what it printed"
+    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu')
+    def make(
+        script, # The function that the command calls, such as `bootmae_detect`
+        folder, # Where it is called
+    ):
+        monkeypatch.chdir(folder)
+        def run(*args):
+            monkeypatch.setattr(sys, 'argv', [script.__name__.replace('_', '-'), *map(str, args)])
+            status = 0
+            try: script()
+            except SystemExit as e: status = e.code
+            return status, *capsys.readouterr()
+        return run
+    return make

@@ -32,16 +32,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def command(tmp_path, capsys, monkeypatch):
-    "What the console script does, in this process: its status, and what it printed"
-    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu'); monkeypatch.chdir(tmp_path)
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['bootmae-detect', *map(str, args)])
-        status = 0
-        try: detect_cli.bootmae_detect()
-        except SystemExit as e: status = e.code
-        return status, *capsys.readouterr()
-    return run
+def command(console, tmp_path): return console(detect_cli.bootmae_detect, tmp_path)
 
 
 @pytest.fixture(scope='module')

@@ -31,16 +31,7 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def command(home, capsys, monkeypatch):
-    "What the console script does, in this process: its status, and what it printed"
-    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu'); monkeypatch.chdir(home)
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['bootmae-segment', *map(str, args)])
-        status = 0
-        try: segment_cli.bootmae_segment()
-        except SystemExit as e: status = e.code
-        return status, *capsys.readouterr()
-    return run
+def command(console, home): return console(segment_cli.bootmae_segment, home)
 
 
 small = ['encoder.safetensors', 'data', '--crop', '32x48', '--bs', 4, '--workers', 0, '--set', 'channels=16', 'drop_path=0.', '--seed', 1]

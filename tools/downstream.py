@@ -34,7 +34,8 @@ class NoValidation(Callback):
 
 
 def detection(data, encoder, seed, a, decay):
-    from bootmae_nb.detect import detect_dls, detect_learner, evaluate_detector
+    from bootmae_nb.coco import detect_dls
+    from bootmae_nb.detect import detect_learner, evaluate_detector
     heads = dict(scales=(4, 2, 1), width=64, head_width=128, proposals=200, samples=64, detections=200)
     settings = dict(img_size=128, min_size=384, bs=1, scale=[2., 4.], lr=7e-4, epochs=a.epochs or 4, layer_decay=decay or .9, heads=heads)
     dls = detect_dls(data, img_size=128, bs=1, scale=(2., 4.), vflip=True, seed=seed, device=a.device)   # things as large as in whole images with a short side of 384
