@@ -232,7 +232,7 @@ def _things(targets, at=None):
 def make_detector(
     encoder, # A model, an `Encoder`, a plain vision transformer of timm or its name; a file of weights (ours, the authors', timm's), a run's folder, 'packaged'
     vocab:list, # Names of the classes
-    heads:str='paper', # Sizes of the heads: 'paper' (ViTDet's), or 'small' for small images and slow machines, see `head_sizes`
+    heads:str='auto', # Sizes of the heads, see `head_sizes`: 'paper' (ViTDet's), 'small' for small images and slow machines, 'auto' = 'paper' for encoders of width 384 and more
     masks:bool=True, # Masks too (Mask R-CNN); False = boxes alone (Faster R-CNN)
     min_size:int|tuple|None=None, # Short side in pixels that images are resized to; several: drawn in training, the last one otherwise; `None` = that of the encoder's
     max_size:int|None=None, # Longest long side; `None` = 5/3 of `min_size`
@@ -248,13 +248,14 @@ def make_detector(
     "A copy of an encoder, with a pyramid and heads that find things"
     names = [str(o) for o in vocab]
     if not names or len(set(names)) < len(names): raise ValueError(f"the classes {names} are none, or one is named twice: give each class a name of its own")
-    if heads not in head_sizes: raise ValueError(f"heads={heads!r} is unknown: choose one of {', '.join(head_sizes)}")
+    if heads not in ('auto', *head_sizes): raise ValueError(f"heads={heads!r} is unknown: choose one of auto, {', '.join(head_sizes)}")
     if extra := set(sizes) - set(_size_words):
         raise TypeError(f"{', '.join(sorted(extra))} is no size of the heads: choose among {', '.join(f'{k} ({v})' for k,v in _size_words.items())}")
     known = {4: 0, 2: 1, 1: 2, .5: 3}
     if len(scales) < 2 or [known.get(s, -1) for s in scales] != sorted({known.get(s, -1) for s in scales}) or not set(scales) <= set(known):
         raise ValueError(f"scales={tuple(scales)} make no pyramid: give two or more of 4, 2, 1, 0.5, falling")
     model = adapt_encoder(encoder, None, in_chans, None, False, drop_path, stats, seed)
+    if heads == 'auto': heads = 'paper' if model.encoder.dim >= 384 else 'small'
     low = min(model.img_size) if min_size is None else list(min_size) if isinstance(min_size, list|tuple) else min_size
     if not low or not all(isinstance(o, int) and o >= 1 for o in L(low)): raise ValueError(f"min_size={min_size} is no size: give the short side in pixels, e.g. 800")
     task = dict(kind='detect', vocab=names, masks=masks, min_size=low, max_size=max_size or round(np.max(low)*5/3), window=window, scales=list(scales),
@@ -371,7 +372,7 @@ def _unpadded_images(dl, n=16):
 def detect_learner(
     dls:DataLoaders, # Of `coco_dls` or `detect_dls`
     encoder, # What is trained, see `make_detector`: a model, a file, a run's folder, a transformer of timm, 'packaged'; copied. Or a `Detector`, taken as it is
-    heads:str='paper', # Sizes of the heads: 'paper' or 'small', see `head_sizes`
+    heads:str='auto', # Sizes of the heads: 'paper', 'small' or 'auto', see `make_detector`
     min_size:int|tuple|None=None, # Short side that images are resized to; `None` = that of the loaders' `img_size`, else the usual one of the training images
     max_size:int|None=None, # Longest long side; `None` = likewise
     window:int|None=None, # Side in patches of windows of attention, see `make_detector`

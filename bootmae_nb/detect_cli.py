@@ -30,7 +30,7 @@ def detect_train(
     accumulate:int=None, # Images in a step of the optimiser, a multiple of bs; bs if not given
     lr:float=None, # Highest learning rate, that of the heads; 1e-3 for 'onecycle', 4e-4 x images in a step / 256 for 'paper' if not given
     schedule:str=None, # onecycle (if not given), or paper: linear warm-up, cosine to a floor
-    heads:str=None, # Sizes of the heads: paper (if not given), or small for small images and slow machines
+    heads:str=None, # Sizes of the heads: paper, small for small images and slow machines, or auto (if not given): paper for encoders of width 384 and more
     boxes:bool=False, # Boxes alone, without masks
     min_size:int=None, # Short side that images are resized to, in pixels
     max_size:int=None, # Longest long side
@@ -129,7 +129,7 @@ def _learner(a, dls, precision, out):
     best = None if not dls.valid.dataset.coco.n_things else 'mask_AP' if dls.masks else 'box_AP'
     cbs = [RunState(out, steps=a.state_steps, minutes=a.state_minutes or 10., best=best or 'valid_loss', overwrite=a.overwrite),
            *([GradientAccumulation(a.accumulate)] if a.accumulate else [])]
-    try: return detect_learner(dls, a.encoder, a.heads or 'paper', a.min_size, a.max_size, a.window, precision=precision, path=out, cbs=cbs, **_assignments(a.set))
+    try: return detect_learner(dls, a.encoder, a.heads or 'auto', a.min_size, a.max_size, a.window, precision=precision, path=out, cbs=cbs, **_assignments(a.set))
     except TypeError as e: raise ValueError(f"--set: {e}") from e
 
 def _announce(learn, device, precision, out):

@@ -122,6 +122,12 @@ def test_kinds_of_detectors(tiny, kw, tmp_path):
         with torch.no_grad(): assert not torch.allclose(plain.maps(x[None])['1'], model.eval().maps(x[None])['1'])
 
 
+def test_narrow_encoders_get_small_heads(tiny):
+    wide = mim_model('mae', 'vit_tiny_patch16_224', width=384, depth=1, heads=6, **pixels, seed=0)
+    for model,name in ((tiny, 'small'), (wide, 'paper')):
+        assert {k: v for k,v in make_detector(model, ['a'], masks=False).task.items() if k in head_sizes[name]} == head_sizes[name]
+
+
 def test_what_is_not_possible(tiny, tmp_path):
     for kw,words in ((dict(vocab=[]), 'none'), (dict(vocab=['a', 'a']), 'named twice'), (dict(heads='huge'), 'heads='), (dict(scales=(1, 2)), 'no pyramid'),
                      (dict(scales=(3,)), 'no pyramid'), (dict(min_size=0), 'min_size')):
