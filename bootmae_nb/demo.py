@@ -25,8 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from .checkpoints import PACKAGED, CheckpointError, find_checkpoint, load_model, packaged_file
+from .checkpoints import PACKAGED, CheckpointError, find_checkpoint, is_ours, load_model, packaged_file, task_kind
 from .images import ImageError, image_size, open_image, sample_photo, sample_photos
 from .masking import FixedMask, make_mask
 from .models import MaskedAutoencoder
@@ -34,10 +33,9 @@ from .settings import load_settings
 from .viz import View, contact_sheet, fit_image, mask_for, overlay, pca_basis, pca_rgb, to_pil
 
 # %% ../nbs/17_demo.ipynb #f43e4407
-def _is_ours(path):
-    "Is this a file of `save_model`, told from its header?"
-    try:
-        with safe_open(path, 'pt') as f: return 'config' in (f.metadata() or {})
+def _for_demo(path):
+    "Is this a file of `save_model` without heads for another task, such as segmentation? Its header tells"
+    try: return is_ours(path) and task_kind(path) is None
     except Exception: return False
 
 def _name(path, folder):
@@ -66,7 +64,7 @@ def _runs(folder, most):
     "The newest checkpoints of a folder by name, the newest first"
     paths,found = [p for depth in ('*', '*/*', '*/*/*') for p in folder.glob(f'{depth}.safetensors') if _for_show(p)], {}
     for p in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
-        if len(found) < most and _is_ours(p): found.setdefault(_name(p, folder), p)
+        if len(found) < most and _for_demo(p): found.setdefault(_name(p, folder), p)
     return found
 
 def _with_packaged(found):

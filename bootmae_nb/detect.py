@@ -232,7 +232,7 @@ def _things(targets, at=None):
 def make_detector(
     encoder, # A model, an `Encoder`, a plain vision transformer of timm or its name; a file of weights (ours, the authors', timm's), a run's folder, 'packaged'
     vocab:list, # Names of the classes
-    heads:str='auto', # Sizes of the heads, see `head_sizes`: 'paper' (ViTDet's), 'small' for small images and slow machines, 'auto' = 'paper' for encoders of width 384 and more
+    heads:str='auto', # Sizes of the heads, see `head_sizes`: 'paper' (ViTDet's), 'small' (for slow machines), 'auto' = 'paper' for widths of 384 and more
     masks:bool=True, # Masks too (Mask R-CNN); False = boxes alone (Faster R-CNN)
     min_size:int|tuple|None=None, # Short side in pixels that images are resized to; several: drawn in training, the last one otherwise; `None` = that of the encoder's
     max_size:int|None=None, # Longest long side; `None` = 5/3 of `min_size`

@@ -23,6 +23,7 @@ from bootmae_nb.demo import Guard, RequestError, Studio, check_body, find_models
 from bootmae_nb.images import sample_photo, sample_photos
 from bootmae_nb.masking import make_mask
 from bootmae_nb.models import mim_model
+from bootmae_nb.segment import make_segmenter
 from bootmae_nb.viz import View
 from browser import chromium, find_chromium, root, running_demo
 from test_images import BROKEN, encode
@@ -274,6 +275,9 @@ def test_the_newest_run_is_shown_first_and_the_packaged_model_last(tmp_path, mon
     assert shown_names(find_models(most=3)) == dict(packaged='packaged', new='new', bootmae_tiny='bootmae_tiny (packaged)')    # a run of that name keeps it
     shutil.rmtree(tmp_path/'runs'/'packaged')
     assert list(find_models()) == ['new', 'old', 'packaged'] and list(find_models('packaged')) == ['packaged']
+    save_model(make_segmenter('packaged', ['a', 'b'], channels=8), tmp_path/'runs'/'segmenter'/'model')              # is for another command
+    (tmp_path/'runs'/'damaged').mkdir(); (tmp_path/'runs'/'damaged'/'model.safetensors').write_bytes(b'no model')
+    assert list(find_models()) == ['new', 'old', 'packaged']
     monkeypatch.setattr(checkpoints, 'files', lambda name: tmp_path)                               # installed without its model
     assert list(find_models()) == ['new', 'old']
     shutil.rmtree(tmp_path/'runs')
