@@ -56,7 +56,7 @@ demo: .venv/.ok
 test: .venv/.ok .venv/.browser
 	$(BIN)/ruff check bootmae_nb tests tools app
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.ok
 	$(BIN)/nbdev-test --n-workers 1 --flags slow

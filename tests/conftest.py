@@ -11,8 +11,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 torch.set_num_threads(1) # small tensors: more threads only wait for each other, and for minutes where the cores are busy
 
 
+slow_files = ['test_cli', 'test_resume', 'test_distributed', 'test_explore', 'test_learner', 'test_app', 'test_bench', 'test_study', 'test_finetune', 'test_scorecard']
+
+
 def pytest_collection_modifyitems(items):
-    "Skip tests marked `cuda` where there is no such device."
+    "Begin with the files that take longest, so that none is left alone at the end; skip tests marked `cuda` where there is no such device."
+    items.sort(key=lambda o: slow_files.index(o.path.stem) if o.path.stem in slow_files else len(slow_files))
     if torch.cuda.is_available(): return
     skip = pytest.mark.skip(reason='needs a CUDA device, and PyTorch sees none here')
     for item in items:

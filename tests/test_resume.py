@@ -158,9 +158,12 @@ def saving(folder, file, n):
     train(folder, file, 'short', steps=1)
 
 
-def test_killed_while_saving_twenty_times(tmp_path, whole):
-    lines,points = whole('short'), [*range(12, 40, 2), *range(41, 53, 2)]
-    assert len(points) == 20
+saves = [*range(12, 40, 2), *range(41, 53, 2)] # writes, flushes and renames of a run, before each of which it is killed
+
+
+@pytest.mark.parametrize('points', [saves[::2], pytest.param(saves[1::2], marks=pytest.mark.slow)], ids=['ten times', 'ten more'])
+def test_killed_while_saving(points, tmp_path, whole):
+    lines = whole('short')
     for n in points:
         here = tmp_path/str(n)
         assert run_forked(saving, here/'run', here.with_suffix('.a'), n) == -signal.SIGKILL, n
