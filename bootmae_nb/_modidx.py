@@ -447,6 +447,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints._compare_beside': ( 'checkpoints.html#_compare_beside',
                                                                                     'bootmae_nb/checkpoints.py'),
+                                        'bootmae_nb.checkpoints._config_text': ( 'checkpoints.html#_config_text',
+                                                                                 'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints._decoder_size': ( 'checkpoints.html#_decoder_size',
                                                                                   'bootmae_nb/checkpoints.py'),
                                         'bootmae_nb.checkpoints._encoder_part': ( 'checkpoints.html#_encoder_part',

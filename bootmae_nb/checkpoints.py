@@ -289,11 +289,15 @@ def read_file(
     return res
 
 # %% ../nbs/09_checkpoints.ipynb #9b8c13fd
+def _config_text(path):
+    "The configuration that the header of a file of `save_model` holds, the tensors are not read; `None` of any other file"
+    if path.suffix == '.safetensors' and path.is_file(): return _read_safetensors(path, only_header=True)[1].get('config')
+
 def is_ours(
     path:Path, # A file
 ) -> bool:
     "Whether a file is one of `save_model`: its header tells, the tensors are not read"
-    return path.suffix == '.safetensors' and path.is_file() and 'config' in _read_safetensors(path, only_header=True)[1]
+    return _config_text(path) is not None
 
 def task_kind(
     path:str|Path, # A file of any form, the folder of a run, or 'packaged'; it need not be there
@@ -301,12 +305,12 @@ def task_kind(
     "Kind of task that the model in a file has heads for: its header tells, the tensors are not read"
     path = find_checkpoint(path)
     if path.is_dir(): path = path/'model.safetensors'
-    if not is_ours(path): return None
-    return (json.loads(_read_safetensors(path, only_header=True)[1]['config']).get('task') or {}).get('kind')
+    config = _config_text(path)
+    return None if config is None else (json.loads(config).get('task') or {}).get('kind')
 
 def _grid_of(path, tensors):
     "Rows and columns of patches, which only our own files tell"
-    config = _read_safetensors(path, only_header=True)[1].get('config')
+    config = _config_text(path)
     if config is None: return {}
     patch = tensors['encoder.vit.patch_embed.proj.weight'].shape[-2:]
     return dict(grid=tuple(s//p for s,p in zip(json.loads(config)['img_size'], patch)))

@@ -2,7 +2,6 @@
 import csv
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -31,17 +30,9 @@ def run(*args, **kw):
 
 
 @pytest.fixture
-def here(capsys, monkeypatch):
-    "A finished command in this process, which spares the seconds of a start"
-    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu')
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', [*map(str, args)])
-        status = 0
-        try: runpy.run_path(str(bin/args[0]), run_name='__main__')
-        except SystemExit as e: status = e.code or 0
-        out,err = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
-    return run
+def here(console):
+    "As `run`, in this process"
+    return lambda *args: SimpleNamespace(**dict(zip(('returncode', 'stdout', 'stderr'), console(*args))))
 
 
 @pytest.fixture(scope='module')
@@ -114,20 +105,10 @@ def test_reconstruct_writes_a_picture_for_each_image(here, trained, folder, tmp_
     (['photos', '--device', 'cuda:9'], 'device'),
     (['photos', '--precision', 'fp16'], 'fp16 is not supported on a CPU'),
     (['photos', '--epochs', '0'], 'epochs 0 is below 1')])
-def test_errors_are_one_sentence(args, says, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['bootmae-train', *args, '--arch', 'vit_tiny_patch16_224', '--out', str(tmp_path/'o')])
-    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu')
-    with pytest.raises(SystemExit) as e: parse_and_run()
-    text = capsys.readouterr().err
-    assert e.value.code == 2 and says in text and len(text.strip().splitlines()) == 1
+def test_errors_are_one_sentence(args, says, tmp_path, console):
+    status,_,text = console('bootmae-train', *args, '--arch', 'vit_tiny_patch16_224', '--out', tmp_path/'o')
+    assert status == 2 and says in text and len(text.strip().splitlines()) == 1
     assert not (tmp_path/'o').exists()
-
-
-def parse_and_run():
-    "What the console script does, in this process, which has imported everything already"
-    from fastcore.script import parse_cli
-    args,kwargs,_ = parse_cli(cli.bootmae_train, pos=['source'])
-    return cli.bootmae_train(*args, **kwargs)
 
 
 def test_an_error_leaves_with_status_2():
@@ -172,7 +153,7 @@ assert not [m for m in sys.modules if m.split('.')[0] in ('fastai', 'gradio')]""
 def test_two_stages_leave_two_encoders(here, folder, tmp_path):
     dbot = [o for o in small if not o.startswith('pixel')]
     done = here('bootmae-train', folder, *dbot, 'feature_width=32', 'feature_depth=1', 'feature_heads=2', 'teacher_depth=0',
-               '--method', 'dbot', '--stages', 2, '--epochs', 1, '--crops', 2, '--out', tmp_path/'o')
+                '--method', 'dbot', '--stages', 2, '--epochs', 1, '--crops', 2, '--out', tmp_path/'o')
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path/'o'/'stages').glob('*.safetensors')) == ['stage_1.safetensors', 'stage_2.safetensors']
     model, first = load_model(tmp_path/'o'), load_model(tmp_path/'o'/'stages'/'stage_1.safetensors')
@@ -182,7 +163,7 @@ def test_two_stages_leave_two_encoders(here, folder, tmp_path):
 
 def test_a_recipe_is_printed_and_followed_and_weights_are_taken(here, trained, folder, tmp_path):
     done = here('bootmae-train', folder, *small, '--recipe', 'bootmae_base_800', '--epochs', 2, '--crops', 2, '--lr', 1e-4,
-               '--weights', trained[0]/'model.safetensors', '--out', tmp_path/'o')
+                '--weights', trained[0]/'model.safetensors', '--out', tmp_path/'o')
     assert done.returncode == 0, done.stderr
     assert 'bootmae_base_800' in done.stdout and '2 epochs' in done.stdout and 'cosine to' in done.stdout
     about = json.loads((tmp_path/'o'/'model.json').read_text())
@@ -267,13 +248,11 @@ def started(*args, until, cwd=None):
     return p
 
 
-def refused(*args, monkeypatch, capsys):
-    "What a command that must be refused says, without the time that a process takes to start"
-    monkeypatch.setattr(sys, 'argv', ['bootmae-train', *map(str, args)])
-    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu')
-    with pytest.raises(SystemExit) as e: parse_and_run()
-    assert e.value.code == 2
-    return capsys.readouterr().err
+def refused(console, *args):
+    "What a command that must be refused says"
+    status,_,err = console('bootmae-train', *args)
+    assert status == 2
+    return err
 
 
 slow = dict(marks=pytest.mark.slow)
@@ -281,7 +260,7 @@ slow = dict(marks=pytest.mark.slow)
 
 @pytest.mark.parametrize('number,status,workers', [
     pytest.param(signal.SIGKILL, -9, 0, **slow), pytest.param(signal.SIGINT, 130, 0, **slow), (signal.SIGTERM, 143, 2)])
-def test_a_run_that_is_stopped_goes_on_to_the_weights_of_one_that_was_not(number, status, workers, trained, folder, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_stopped_goes_on_to_the_weights_of_one_that_was_not(number, status, workers, trained, folder, tmp_path, console):
     "By a kill, by Ctrl-C to all processes, or by SIGTERM to all processes"
     out = tmp_path/'run'
     args = folder, *small, '--epochs', 3, '--crops', 4, '--lr', 1e-3, '--out', out, '--seed', 3
@@ -289,9 +268,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_weights_of_one_that_was_not(number
     os.killpg(p.pid, number)
     text,_ = p.communicate(timeout=60)
     assert p.returncode == status and ('--resume' in text) == (number != signal.SIGKILL)
-    text = refused(*args, monkeypatch=monkeypatch, capsys=capsys)
+    text = refused(console, *args)
     assert 'holds a run that stopped in epoch' in text and '--resume' in text
-    text = refused('--resume', out, '--bs', 2, monkeypatch=monkeypatch, capsys=capsys)
+    text = refused(console, '--resume', out, '--bs', 2)
     assert 'bs: 4 -> 2' in text and '--allow-changes' in text
     done = run('bootmae-train', '--resume', out)
     assert done.returncode == 0, done.stderr
@@ -343,12 +322,12 @@ def test_a_run_is_made_longer_and_what_was_changed_is_remembered(folder, tmp_pat
     assert again.returncode == 0, again.stderr                          # what was changed is remembered
 
 
-def test_what_cannot_be_gone_on_with(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_gone_on_with(tmp_path, console):
     for args,says in ((['--resume', tmp_path], 'holds no run of bootmae-train'), ([], 'no images were named')):
-        text = refused(*args, monkeypatch=monkeypatch, capsys=capsys)
+        text = refused(console, *args)
         assert says in text and len(text.strip().splitlines()) == 1
     (tmp_path/'run.json').write_text('{}')
-    assert 'run.json lacks' in refused('--resume', tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert 'run.json lacks' in refused(console, '--resume', tmp_path)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def command(console, tmp_path): return console(detect_cli.bootmae_detect, tmp_path)
+def command(console, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return partial(console, 'bootmae-detect')
 
 
 @pytest.fixture(scope='module')

@@ -1,14 +1,11 @@
 """bootmae-evaluate: what it prints and writes, and what it says in a sentence and status 2 where something is wrong."""
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from fastcore.script import parse_cli
 from PIL import Image
 
-from bootmae_nb import cli
 from bootmae_nb import scorecard as module
 from bootmae_nb.checkpoints import load_model, save_model
 from bootmae_nb.models import mim_model
@@ -34,17 +31,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(tmp_path, capsys, monkeypatch):
-    "What the console script does, in this process, which has imported everything already: its status, and what it printed"
-    monkeypatch.setenv('BOOTMAE_DEVICE', 'cpu'); monkeypatch.chdir(tmp_path)
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['bootmae-evaluate', *map(str, args), '--workers', '0'])
-        pos,kw,_ = parse_cli(cli.bootmae_evaluate)
-        status = 0
-        try: cli.bootmae_evaluate(*pos, **kw)
-        except SystemExit as e: status = e.code
-        return status, *capsys.readouterr()
-    return run
+def evaluate(tmp_path, console, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: console('bootmae-evaluate', *args, '--workers', 0)
 
 
 def rows_of(path): return [(r['model'], r['probe'], r['labels'], r['images']) for r in json.loads(path.read_text())['rows']]

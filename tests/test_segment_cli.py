@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bootmae_nb import segment_cli
 from bootmae_nb.checkpoints import save_model
 from bootmae_nb.models import mim_model
 from bootmae_nb.runs import RunState
@@ -31,7 +31,9 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def command(console, home): return console(segment_cli.bootmae_segment, home)
+def command(console, home, monkeypatch):
+    monkeypatch.chdir(home)
+    return partial(console, 'bootmae-segment')
 
 
 small = ['encoder.safetensors', 'data', '--crop', '32x48', '--bs', 4, '--workers', 0, '--set', 'channels=16', 'drop_path=0.', '--seed', 1]

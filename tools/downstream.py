@@ -11,8 +11,6 @@ import time
 import warnings
 from pathlib import Path
 
-from fastai.callback.core import Callback, CancelValidException
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,18 +26,18 @@ def segmentation(data, encoder, seed, a, decay):
     return settings, figures
 
 
-class NoValidation(Callback):
-    "Measured once, at the end"
-    def before_validate(self): raise CancelValidException
-
-
 def detection(data, encoder, seed, a, decay):
     from bootmae_nb.coco import detect_dls
     from bootmae_nb.detect import detect_learner, evaluate_detector
+    from fastai.callback.core import Callback, CancelValidException
+    class NoValidation(Callback):
+        "Measured once, at the end"
+        def before_validate(self): raise CancelValidException
+    look = dict(img_size=128, bs=1, scale=[2., 4.])                       # things as large as in whole images with a short side of 384
     heads = dict(scales=(4, 2, 1), width=64, head_width=128, proposals=200, samples=64, detections=200)
-    settings = dict(img_size=128, min_size=384, bs=1, scale=[2., 4.], lr=7e-4, epochs=a.epochs or 4, layer_decay=decay or .9, heads=heads)
-    dls = detect_dls(data, img_size=128, bs=1, scale=(2., 4.), vflip=True, seed=seed, device=a.device)   # things as large as in whole images with a short side of 384
-    learn = detect_learner(dls, encoder, 'small', min_size=384, max_size=614, layer_decay=settings['layer_decay'], drop_path=0., seed=seed, **heads)
+    settings = look | dict(min_size=384, lr=7e-4, epochs=a.epochs or 4, layer_decay=decay or .9, heads=heads)
+    dls = detect_dls(data, **look, vflip=True, seed=seed, device=a.device)
+    learn = detect_learner(dls, encoder, 'small', min_size=settings['min_size'], max_size=614, layer_decay=settings['layer_decay'], drop_path=0., seed=seed, **heads)
     with learn.no_bar(): learn.fit_one_cycle(settings['epochs'], settings['lr'], cbs=NoValidation())
     report = evaluate_detector(learn.model, dls, max_dets=200)
     return settings, {f'{k}_{n}': report.kinds[k][n] for k in ('box', 'mask') for n in ('AP', 'AP50', 'AP75')}
